@@ -1,0 +1,140 @@
+"""What `update` and `attend` are given, checked against a layer and brought into one form.
+
+Places are int32 [T] or [B, T] (None: append), counts int32 [B] (None: all tokens are real). What is
+known at trace time is checked then; `make_room` checks the rest, and so needs a concrete layer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lucid_jax.cache.checks import as_integers
+from lucid_jax.cache.layer import Layer
+
+
+def check_tokens(layer: Layer, key: jax.Array, value: jax.Array) -> None:
+    """Checks new keys and values against what a layer holds: ranks, sizes, dtypes."""
+    for name, new, held in (("key", key, layer.key), ("value", value, layer.value)):
+        if new.ndim != 4:
+            raise ValueError(
+                f"{name} must be (batch, heads, seq, head_dim), got shape {new.shape}; "
+                "reshape it to four axes"
+            )
+        batch, heads, _, dim = held.shape
+        if (new.shape[0], new.shape[1], new.shape[3]) != (batch, heads, dim):
+            raise ValueError(
+                f"{name} must be (batch={batch}, heads={heads}, seq, head_dim={dim}) for this "
+                f"layer, got {new.shape}; check the axis order, or init_cache with these sizes"
+            )
+        if new.dtype != layer.dtype:
+            raise TypeError(
+                f"{name} has dtype {new.dtype} but this layer stores {layer.dtype}; "
+                f"cast it with {name}.astype(...), or init_cache(dtype=...)"
+            )
+    if key.shape[2] != value.shape[2]:
+        raise ValueError(
+            f"key and value must hold the same number of tokens, got {key.shape[2]} "
+            f"and {value.shape[2]}"
+        )
+
+
+def as_places(cache_position: Any, batch_size: int, tokens: int) -> Any:
+    """Checks `cache_position` and returns it as None, int32 [T] or int32 [B, T]."""
+    if cache_position is None:
+        return None
+    places = as_integers(cache_position, "cache_position")
+    if isinstance(places, np.ndarray) and places.size and places.min() < 0:
+        raise ValueError(
+            f"cache_position must not be negative, got {places.min()}; "
+            "positions count from 0, the oldest stored token"
+        )
+    if places.ndim == 0:
+        if tokens != 1:
+            raise ValueError(
+                f"a 0-D cache_position places one token, but {tokens} came; give one per token"
+            )
+        return places.reshape(1)
+    if places.ndim == 1 and places.shape[0] != tokens:
+        raise ValueError(
+            f"a 1-D cache_position must have one entry per token: expected ({tokens},), "
+            f"got {places.shape}"
+        )
+    if places.ndim == 2 and places.shape != (batch_size, tokens):
+        raise ValueError(
+            f"a 2-D cache_position must be (batch, seq) = ({batch_size}, {tokens}), "
+            f"got {places.shape}"
+        )
+    if places.ndim > 2:
+        raise ValueError(f"cache_position must have at most 2 axes, got shape {places.shape}")
+    return places
+
+
+def as_counts(lengths: Any, layer: Layer, tokens: int) -> Any:
+    """Checks `lengths` and returns it as None or int32 [B]."""
+    if lengths is None:
+        return None
+    if not layer.ragged:
+        raise ValueError(
+            "lengths= needs a ragged cache, where each row has its own length; "
+            "make it with init_cache(..., ragged=True)"
+        )
+    counts = as_integers(lengths, "lengths")
+    if counts.shape != (layer.batch_size,):
+        raise ValueError(
+            f"lengths must be one integer per row: expected ({layer.batch_size},), "
+            f"got {counts.shape}"
+        )
+    if isinstance(counts, np.ndarray) and ((counts < 0) | (counts > tokens)).any():
+        raise ValueError(f"lengths must be in [0, {tokens}], as {tokens} tokens came; got {counts}")
+    return counts
+
+
+def check_reach(layer: Layer, tokens: int, places: Any, counts: Any) -> None:
+    """Raises at trace time for what can never fit, whatever the traced length will be."""
+    need = tokens if counts is None and places is None else 0
+    if isinstance(places, np.ndarray) and counts is None:
+        need = int(places.max()) + 1
+    if need > layer.capacity:
+        raise ValueError(no_room(f"{tokens} tokens", need, layer))
+
+
+def make_room(layer: Layer, tokens: int, places: Any, counts: Any) -> Layer:
+    """Eager: the layer itself if the tokens fit, a grown copy if it may grow, else an error."""
+    stored = np.asarray(layer.length)
+    if places is None:
+        new = np.int32(tokens) if counts is None else counts
+        need = int(np.max(stored.astype(np.int64) + new))
+        what = f"{int(stored.max())} stored + {int(np.max(new))} new tokens"
+    else:
+        real = np.ones(places.shape, bool)
+        if counts is not None:
+            real = np.arange(tokens) < counts[:, None]
+            places = np.broadcast_to(places, real.shape)
+        need = int(np.max(places, initial=-1, where=real)) + 1
+        what = f"position {need - 1}"
+    if need <= layer.capacity:
+        return layer
+    roomy = layer.with_room(need)
+    if roomy is None:
+        raise ValueError(no_room(what, need, layer))
+    return roomy
+
+
+def no_room(what: str, need: int, layer: Layer) -> str:
+    """The message of an error about room: what needs how much, what there is, and the fixes."""
+    return (
+        f"{what} need {need} slots, but the capacity is {layer.capacity}; make a larger "
+        "Static(capacity), call ensure_capacity before jit (Dynamic), or crop first"
+    )
+
+
+def absolute_positions(layer: Layer, places: Any) -> jax.Array:
+    """Turns places in the stored sequence, [T] or [B, T], into absolute positions."""
+    places = jnp.asarray(places)
+    if not layer.ragged:
+        return places + layer.offset
+    return (places if places.ndim == 2 else places[None]) + layer.offset[:, None]

@@ -1,0 +1,521 @@
+"""`CacheState`, a tuple of layer states, and the verbs: pure functions from state to state.
+
+Every verb works three ways. Inside `jit` it traces into the caller's program. Called eagerly it is
+compiled already and the old state stays valid. Called eagerly with `donate=True` it updates in place
+and the old state's buffers are gone. Eager calls check everything and raise; a traced call that asks
+for what cannot be done changes nothing and sets the state's sticky `overflowed` flag.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax.typing import ArrayLike, DTypeLike
+
+from lucid_jax.cache.checks import (
+    as_array,
+    as_integers,
+    as_layer_index,
+    check_alive,
+    check_count,
+    check_indices,
+    is_traced,
+)
+from lucid_jax.cache.inputs import (
+    absolute_positions,
+    as_counts,
+    as_places,
+    check_reach,
+    check_tokens,
+    make_room,
+    no_room,
+)
+from lucid_jax.cache.layer import Layer, LayerSpec
+from lucid_jax.cache.slots import span
+
+
+@struct.dataclass
+class CacheState:
+    """The cache of a whole model: one layer state per layer, each free to differ."""
+
+    layers: tuple[Layer, ...]
+
+    @property
+    def num_layers(self) -> int:
+        """How many layers there are."""
+        return len(self.layers)
+
+    @property
+    def batch_size(self) -> int:
+        """B, the number of rows."""
+        return self.layers[0].batch_size
+
+    @property
+    def ragged(self) -> bool:
+        """Whether each row has its own length."""
+        return self.layers[0].ragged
+
+    def with_layer(self, layer_idx: int, layer: Layer) -> CacheState:
+        """This state with one layer replaced; the other layers are shared, not copied."""
+        layers = (*self.layers[:layer_idx], layer, *self.layers[layer_idx + 1 :])
+        return CacheState(layers)
+
+
+def init_cache(
+    spec: LayerSpec | Sequence[LayerSpec],
+    *,
+    batch_size: int,
+    num_kv_heads: int,
+    head_dim: int,
+    num_layers: int | None = None,
+    value_head_dim: int | None = None,
+    dtype: DTypeLike = jnp.float32,
+    ragged: bool = False,
+) -> CacheState:
+    """An empty cache.
+
+    Args:
+        spec: one spec for all layers, or a list with one per layer.
+        batch_size: B, rows.
+        num_kv_heads: H, key/value heads.
+        head_dim: D, of keys; of values too unless `value_head_dim` says otherwise.
+        num_layers: number of layers; may be left out when `spec` is a list.
+        value_head_dim: Dv, if values are not as wide as keys.
+        dtype: storage dtype.
+        ragged: give each row its own length (batches of unequal prompts, speculative decoding).
+
+    Raises:
+        ValueError: for a size below 1, or a list of specs that disagrees with `num_layers`.
+
+    Example:
+        >>> import lucid_jax as lj
+        >>> state = lj.init_cache(
+        ...     lj.Static(16), num_layers=2, batch_size=1, num_kv_heads=4, head_dim=8
+        ... )
+        >>> state.layers[0].key.shape, lj.nbytes(state)
+        ((1, 4, 16, 8), 8210)
+    """
+    if isinstance(spec, Sequence):
+        specs = list(spec)
+        if num_layers is not None and num_layers != len(specs):
+            raise ValueError(
+                f"num_layers={num_layers} but {len(specs)} specs were given; "
+                "give one spec for all layers, or one per layer"
+            )
+    else:
+        if num_layers is None:
+            raise ValueError("num_layers is needed when one spec stands for all layers")
+        specs = [spec] * check_count(num_layers, "num_layers", 1)
+    if not specs:
+        raise ValueError("a cache needs at least one layer, got an empty list of specs")
+    sizes = {
+        "batch_size": check_count(batch_size, "batch_size", 1),
+        "num_kv_heads": check_count(num_kv_heads, "num_kv_heads", 1),
+        "head_dim": check_count(head_dim, "head_dim", 1),
+        "value_head_dim": check_count(
+            head_dim if value_head_dim is None else value_head_dim, "value_head_dim", 1
+        ),
+    }
+    dtype = jax.dtypes.canonicalize_dtype(dtype)
+    return CacheState(tuple(one.init(**sizes, dtype=dtype, ragged=ragged) for one in specs))
+
+
+# --- writing ---------------------------------------------------------------------------------------
+
+
+def update(
+    state: CacheState,
+    key: ArrayLike,
+    value: ArrayLike,
+    layer_idx: int,
+    cache_position: ArrayLike | None = None,
+    lengths: ArrayLike | None = None,
+    *,
+    donate: bool = False,
+) -> CacheState:
+    """Appends T tokens to one layer, or writes them at given places.
+
+    Cost is O(T), whatever the capacity. All or nothing: tokens that do not fit raise when called
+    eagerly; traced, nothing is written (per row, if ragged) and `overflowed` is set. A dynamic layer
+    grows when called eagerly.
+
+    Args:
+        state: the cache.
+        key: (B, H, T, D), in the cache's dtype.
+        value: (B, H, T, Dv).
+        layer_idx: which layer, a Python int.
+        cache_position: where the tokens go, counted from the oldest stored token: None appends; an
+            integer places one token; `[T]` places each token; `[B, T]` places them row by row. The
+            length becomes `max(length, largest + 1)`, slots skipped on the way read as zeros, and of
+            duplicates the last wins.
+        lengths: int32 [B], ragged caches only: how many of each row's T tokens are real. The rest of
+            a right-padded chunk writes nothing; a row with 0 sits this step out.
+        donate: eager calls only: reuse this layer's buffers; the old state must not be used again.
+
+    Returns:
+        The new state.
+
+    Raises:
+        ValueError: for a wrong rank, batch size, head count or head_dim, a layer index or position
+            out of range, or (eager) tokens that do not fit.
+        TypeError: for a dtype that is not the cache's, or positions that are not integers.
+
+    Example:
+        >>> import jax.numpy as jnp, lucid_jax as lj
+        >>> state = lj.init_cache(
+        ...     lj.Static(4), num_layers=1, batch_size=1, num_kv_heads=2, head_dim=8
+        ... )
+        >>> tokens = jnp.ones((1, 2, 3, 8))
+        >>> state = lj.update(state, tokens, tokens, 0)
+        >>> int(lj.seq_length(state))
+        3
+        >>> lj.update(state, tokens, tokens, 0)
+        Traceback (most recent call last):
+        ValueError: 3 stored + 3 new tokens need 6 slots, but the capacity is 4; ...
+    """
+    index = as_layer_index(layer_idx, state.num_layers)
+    layer = state.layers[index]
+    check_alive(layer)
+    key, value = as_array(key), as_array(value)
+    check_tokens(layer, key, value)
+    tokens = key.shape[2]
+    places = as_places(cache_position, layer.batch_size, tokens)
+    counts = as_counts(lengths, layer, tokens)
+    if tokens == 0:
+        return state
+    if is_traced(layer, key, value, places, counts):
+        check_reach(layer, tokens, places, counts)
+        return state.with_layer(index, _update_layer(layer, key, value, places, counts))
+    roomy = make_room(layer, tokens, places, counts)
+    # A layer that just grew is ours alone, so its buffers are free to reuse.
+    run = _update_donated if donate or roomy is not layer else _update_kept
+    return state.with_layer(index, run(roomy, key, value, places, counts))
+
+
+def _update_layer(
+    layer: Layer, key: jax.Array, value: jax.Array, places: Any, counts: Any
+) -> Layer:
+    counts = None if counts is None else jnp.asarray(counts)
+    if places is None:
+        return layer.append(key, value, counts)
+    return layer.write(key, value, jnp.asarray(places), counts)
+
+
+_update_kept = jax.jit(_update_layer)
+_update_donated = jax.jit(_update_layer, donate_argnums=0)
+
+
+# --- reading ---------------------------------------------------------------------------------------
+
+
+def get(state: CacheState, layer_idx: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Everything one layer stores, oldest token first, padded to the full capacity.
+
+    Reading the whole capacity costs O(capacity); `attend` does not.
+
+    Returns:
+        keys (B, H, C, D) and values (B, H, C, Dv), zero where nothing is stored, and `valid`, bool
+        [C], or [B, C] if ragged.
+
+    Example:
+        >>> import lucid_jax as lj
+        >>> state = lj.init_cache(
+        ...     lj.Static(4), num_layers=1, batch_size=1, num_kv_heads=2, head_dim=8
+        ... )
+        >>> keys, values, valid = lj.get(state, 0)
+        >>> keys.shape, valid.any().item()
+        ((1, 2, 4, 8), False)
+    """
+    layer = _layer(state, layer_idx)
+    check_alive(layer)
+    return _read(layer) if is_traced(layer) else _read_jit(layer)
+
+
+def _read(layer: Layer) -> tuple[jax.Array, jax.Array, jax.Array]:
+    valid = layer.valid()
+    mask = valid.reshape(-1, 1, layer.capacity, 1)
+    # where, not a product: what is not live may be NaN, and 0 * NaN is NaN.
+    key, value = (
+        layer.codec.decode(jnp.where(mask, leaf, jnp.zeros((), leaf.dtype)))
+        for leaf in layer.in_order()
+    )
+    return key, value, valid
+
+
+_read_jit = jax.jit(_read)
+
+
+def _layer(state: CacheState, layer_idx: int) -> Layer:
+    return state.layers[as_layer_index(layer_idx, state.num_layers)]
+
+
+def valid(state: CacheState, layer_idx: int = 0) -> jax.Array:
+    """Which slots of `get` hold a live token: bool [C], or [B, C] if ragged."""
+    return _layer(state, layer_idx).valid()
+
+
+def seq_length(state: CacheState, layer_idx: int = 0) -> jax.Array:
+    """Tokens stored now: int32 [], or [B] if ragged."""
+    return _layer(state, layer_idx).length
+
+
+def positions(
+    state: CacheState, n: int, layer_idx: int = 0, cache_position: ArrayLike | None = None
+) -> jax.Array:
+    """Absolute positions of the next `n` tokens, for RoPE: int32 [n], or [B, n] if ragged.
+
+    They continue from the tokens ever seen, not from the length: crop lowers the length only. With
+    `cache_position`, as `update` takes it, they are the positions of the places named.
+
+    Example:
+        >>> import jax.numpy as jnp, lucid_jax as lj
+        >>> state = lj.init_cache(
+        ...     lj.Static(8), num_layers=1, batch_size=1, num_kv_heads=2, head_dim=8
+        ... )
+        >>> tokens = jnp.ones((1, 2, 5, 8))
+        >>> state = lj.crop(lj.update(state, tokens, tokens, 0), 2)
+        >>> int(lj.seq_length(state)), lj.positions(state, 2).tolist()
+        (2, [5, 6])
+    """
+    layer = _layer(state, layer_idx)
+    count = check_count(n, "n")
+    places = as_places(cache_position, layer.batch_size, count)
+    if places is None:
+        return span(layer.position, count)
+    return absolute_positions(layer, places)
+
+
+def capacity(state: CacheState, layer_idx: int = 0) -> int:
+    """C, the token slots each row of a layer has."""
+    return _layer(state, layer_idx).capacity
+
+
+def nbytes(state: CacheState) -> int:
+    """Bytes reserved by all buffers of the state."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+
+
+def overflowed(state: CacheState) -> jax.Array:
+    """Whether a traced operation asked for what could not be done: bool [], or [B] if ragged.
+
+    The flag is sticky until `reset`. What was asked for did not happen: no token was overwritten.
+    """
+    flags = jnp.stack([layer.overflowed for layer in state.layers])
+    return jnp.any(flags, axis=0)
+
+
+def check_overflow(state: CacheState) -> None:
+    """Raises if the state's `overflowed` flag is set; for host loops, after a compiled call.
+
+    Raises:
+        OverflowError: naming the rows and layers where a traced operation was refused.
+    """
+    for index, layer in enumerate(state.layers):
+        flags = np.atleast_1d(np.asarray(layer.overflowed))
+        if flags.any():
+            rows = f", rows {np.flatnonzero(flags).tolist()}" if layer.ragged else ""
+            raise OverflowError(
+                f"layer {index}{rows}: a compiled step asked for more than the cache could do "
+                f"(length {np.asarray(layer.length).tolist()}, capacity {layer.capacity}); nothing "
+                "was overwritten, but those tokens are missing. Give the cache more room "
+                "(Static(capacity), ensure_capacity) or check the positions and rows passed in"
+            )
+
+
+# --- all layers at once ----------------------------------------------------------------------------
+
+
+def _per_layer(name: str) -> Callable[..., CacheState]:
+    """A compiled verb that calls one method on each layer, and its in-place twin."""
+
+    def run(state: CacheState, *args: jax.Array) -> CacheState:
+        return CacheState(tuple(getattr(layer, name)(*args) for layer in state.layers))
+
+    kept, donated = jax.jit(run), jax.jit(run, donate_argnums=0)
+
+    def verb(state: CacheState, *args: Any, donate: bool) -> CacheState:
+        args = tuple(jnp.asarray(arg) for arg in args)
+        if is_traced(state, args):
+            return run(state, *args)
+        return (donated if donate else kept)(state, *args)
+
+    return verb
+
+
+_select, _crop, _rollback, _reset = (
+    _per_layer(name) for name in ("select", "crop", "rollback", "reset")
+)
+
+
+def select(state: CacheState, indices: ArrayLike, *, donate: bool = False) -> CacheState:
+    """Gathers batch rows: row i of the result is row `indices[i]`. Rows may repeat or be left out.
+
+    Only stored tokens move, not the whole capacity. With as many rows as before, `donate=True` (or a
+    loop carry) reorders in place.
+
+    Args:
+        state: the cache.
+        indices: int32 [B'], each in [0, B).
+        donate: eager calls only: the old state must not be used again.
+
+    Raises:
+        IndexError: for a concrete index out of range, negative ones included. A traced one is
+            clamped and sets `overflowed`.
+        ValueError: if indices are not 1-D.
+        TypeError: if they are not integers.
+
+    Example:
+        >>> import lucid_jax as lj
+        >>> state = lj.init_cache(
+        ...     lj.Static(4), num_layers=1, batch_size=2, num_kv_heads=2, head_dim=8
+        ... )
+        >>> lj.select(state, [1, 1, 0]).batch_size
+        3
+    """
+    check_alive(state)
+    return _select(state, check_indices(indices, state.batch_size), donate=donate)
+
+
+def reorder(state: CacheState, beam_idx: ArrayLike, *, donate: bool = False) -> CacheState:
+    """`select` under its beam-search name: keep the rows of the surviving beams."""
+    return select(state, beam_idx, donate=donate)
+
+
+def repeat_interleave(state: CacheState, n: int) -> CacheState:
+    """Beam expansion: rows 0, 0, ..., 1, 1, ..., each `n` times.
+
+    Raises:
+        ValueError: if `n` is less than 1.
+        TypeError: if `n` is not an integer known at trace time.
+
+    Example:
+        >>> import lucid_jax as lj
+        >>> state = lj.init_cache(
+        ...     lj.Static(4), num_layers=1, batch_size=2, num_kv_heads=2, head_dim=8
+        ... )
+        >>> lj.repeat_interleave(state, 4).batch_size
+        8
+    """
+    repeats = check_count(n, "n", 1)
+    return select(state, np.repeat(np.arange(state.batch_size, dtype=np.int32), repeats))
+
+
+def crop(state: CacheState, max_length: ArrayLike, *, donate: bool = False) -> CacheState:
+    """Keeps the latest `max_length` tokens of every layer and row; absolute positions go on.
+
+    Args:
+        state: the cache.
+        max_length: an integer >= 0, or a traced int32 [].
+        donate: eager calls only: the old state must not be used again.
+
+    Raises:
+        ValueError: if negative. (Traced: nothing is dropped and `overflowed` is set.)
+        TypeError: if not an integer.
+    """
+    check_alive(state)
+    limit = as_integers(max_length, "max_length")
+    if limit.ndim:
+        raise ValueError(f"max_length must be one integer, got shape {limit.shape}")
+    if isinstance(limit, (np.ndarray, np.integer)) and limit < 0:
+        raise ValueError(f"max_length must be at least 0, got {limit}")
+    return _crop(state, limit, donate=donate)
+
+
+def rollback(state: CacheState, n: ArrayLike, *, donate: bool = False) -> CacheState:
+    """Drops the latest `n` tokens, as if they had never come: position goes back with length.
+
+    For speculative decoding: append the drafts, then roll the rejected ones back.
+
+    Args:
+        state: the cache.
+        n: an integer, or int32 [B] for a ragged cache: tokens to drop from each row.
+        donate: eager calls only: the old state must not be used again.
+
+    Raises:
+        ValueError: if `n` is negative or more than is stored. (Traced: nothing is dropped and
+            `overflowed` is set, per row.)
+        TypeError: if not integers.
+
+    Example:
+        >>> import jax.numpy as jnp, lucid_jax as lj
+        >>> state = lj.init_cache(
+        ...     lj.Static(8), num_layers=1, batch_size=2, num_kv_heads=2, head_dim=8, ragged=True
+        ... )
+        >>> tokens = jnp.ones((2, 2, 5, 8))
+        >>> state = lj.rollback(lj.update(state, tokens, tokens, 0), jnp.array([0, 3]))
+        >>> lj.seq_length(state).tolist()
+        [5, 2]
+    """
+    check_alive(state)
+    drop = as_integers(n, "n")
+    if drop.ndim == 1 and not state.ragged:
+        raise ValueError(
+            "rolling rows back by different amounts needs a ragged cache; "
+            "make it with init_cache(..., ragged=True), or pass one integer"
+        )
+    if drop.ndim > 1 or (drop.ndim == 1 and drop.shape != (state.batch_size,)):
+        raise ValueError(f"n must be an integer or shape ({state.batch_size},), got {drop.shape}")
+    if not is_traced(state, drop):
+        shortest = min(int(np.min(np.asarray(layer.length) - drop)) for layer in state.layers)
+        if shortest < 0 or np.min(drop) < 0:
+            stored = [np.asarray(layer.length).tolist() for layer in state.layers]
+            raise ValueError(
+                f"rollback({np.asarray(drop).tolist()}) needs 0 <= n <= tokens stored, "
+                f"which are {stored} per layer"
+            )
+    return _rollback(state, drop, donate=donate)
+
+
+def reset(state: CacheState, *, donate: bool = False) -> CacheState:
+    """Empties every layer and clears `overflowed`; buffers are kept, and what they held is unseen."""
+    check_alive(state)
+    return _reset(state, donate=donate)
+
+
+# --- growth, on the host ---------------------------------------------------------------------------
+
+
+def grow(state: CacheState, capacity: int) -> CacheState:
+    """Gives every dynamic layer at least `capacity` slots (rounded up to a power of two).
+
+    Runs on the host, between compiled calls, as the new capacity is a new shape. Stored tokens are
+    copied; layers that are large enough already are shared with the old state.
+
+    Raises:
+        ValueError: if a layer is too small and its layout cannot grow.
+    """
+    need = check_count(capacity, "capacity", 1)
+    check_alive(state)
+    layers = []
+    for index, layer in enumerate(state.layers):
+        roomy = layer if need <= layer.capacity else layer.with_room(need)
+        if roomy is None:
+            raise ValueError(no_room(f"layer {index} cannot grow: {need} tokens", need, layer))
+        layers.append(roomy)
+    return CacheState(tuple(layers))
+
+
+def ensure_capacity(state: CacheState, n: int) -> CacheState:
+    """Makes room for `n` more tokens in every row before a compiled chunk of steps; see `grow`.
+
+    Example:
+        >>> import lucid_jax as lj
+        >>> state = lj.init_cache(
+        ...     lj.Dynamic(), num_layers=1, batch_size=1, num_kv_heads=2, head_dim=8
+        ... )
+        >>> lj.capacity(lj.ensure_capacity(state, 100))
+        128
+    """
+    if is_traced(state):
+        raise TypeError(
+            "ensure_capacity needs a concrete state: a traced length cannot choose a shape; "
+            "call it outside jit, before the compiled steps"
+        )
+    check_alive(state)
+    longest = max(int(np.max(np.asarray(layer.length))) for layer in state.layers)
+    return grow(state, max(1, longest + check_count(n, "n")))

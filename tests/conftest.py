@@ -1,0 +1,34 @@
+"""Strict JAX settings, hypothesis profiles, and the fixtures every test file shares."""
+
+import os
+
+import hypothesis
+import jax
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+_COMMON = {
+    "deadline": None,  # the first example of a shape pays for its compilation
+    "suppress_health_check": [hypothesis.HealthCheck.too_slow],
+}
+hypothesis.settings.register_profile("default", max_examples=20, derandomize=True, **_COMMON)
+hypothesis.settings.register_profile("thorough", max_examples=400, **_COMMON)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+_compilations = 0
+
+
+def _count_compilation(event: str, _seconds: float, **_: object) -> None:
+    global _compilations
+    _compilations += event == "/jax/core/compile/backend_compile_duration"
+
+
+jax.monitoring.register_event_duration_secs_listener(_count_compilation)
+
+
+@pytest.fixture
+def compilations():
+    """A function that returns how many programs XLA has compiled so far in this process."""
+    return lambda: _compilations

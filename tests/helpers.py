@@ -1,0 +1,89 @@
+"""Small builders shared by the tests: tokens, states, poison."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import lucid_jax as lj
+
+H, D, DV = 2, 4, 3  # heads and widths of the tests that do not care
+
+
+def tokens(seed, batch, count, heads=H, dim=D, value_dim=DV, dtype=np.float32):
+    """Random keys (B, H, T, D) and values (B, H, T, Dv) as NumPy arrays."""
+    rng = np.random.default_rng(seed)
+    key = rng.standard_normal((batch, heads, count, dim)).astype(dtype)
+    value = rng.standard_normal((batch, heads, count, value_dim)).astype(dtype)
+    return key, value
+
+
+def queries(seed, batch, count, heads=2 * H, dim=D):
+    """Random queries (B, N, T, D)."""
+    return np.random.default_rng(seed + 10_000).standard_normal(
+        (batch, heads, count, dim), np.float32
+    )
+
+
+def make(spec=None, *, batch=2, layers=1, ragged=False, heads=H, dim=D, value_dim=DV, **options):
+    """An empty cache, `Static(8)` unless told otherwise."""
+    return lj.init_cache(
+        lj.Static(8) if spec is None else spec,
+        num_layers=None if isinstance(spec, (list, tuple)) else layers,
+        batch_size=batch,
+        num_kv_heads=heads,
+        head_dim=dim,
+        value_head_dim=value_dim,
+        ragged=ragged,
+        **options,
+    )
+
+
+def filled(count, *args, seed=0, batch=2, dtype=np.float32, **options):
+    """A cache whose layer 0 holds `count` random tokens, and those tokens."""
+    key, value = tokens(seed, batch, count, dtype=dtype)
+    return lj.update(make(*args, batch=batch, **options), key, value, 0), key, value
+
+
+def snapshot(state):
+    """Everything a user can observe of a state, as NumPy arrays, layer by layer."""
+    return [
+        [np.asarray(x) for x in (*lj.get(state, i), lj.seq_length(state, i), layer.position,
+                                 layer.overflowed)]
+        for i, layer in enumerate(state.layers)
+    ]  # fmt: skip
+
+
+def assert_same(a, b):
+    """Two states are indistinguishable, bit for bit."""
+    for one, other in zip(snapshot(a), snapshot(b), strict=True):
+        for x, y in zip(one, other, strict=True):
+            np.testing.assert_array_equal(x, y)
+
+
+def stored(state, layer_idx=0, row=0):
+    """Keys (H, length, D) and values (H, length, Dv) of one row."""
+    keys, values, valid = (np.asarray(x) for x in lj.get(state, layer_idx))
+    live = valid if valid.ndim == 1 else valid[row]
+    return keys[row][:, live], values[row][:, live]
+
+
+@jax.jit
+def poison(state):
+    """The state with every slot that is not live filled with NaN (all bits set, if stored as bits)."""
+
+    def spoil(layer):
+        dead = layer.slot_positions(jnp.int32(0), layer.capacity) < 0
+
+        def fill(leaf):
+            bad = jnp.array(
+                jnp.nan if jnp.issubdtype(leaf.dtype, jnp.floating) else jnp.iinfo(leaf.dtype).max,
+                leaf.dtype,
+            )
+            shape = (-1, 1, dead.shape[-1], *(1,) * (leaf.ndim - 3))
+            return jnp.where(dead.reshape(shape), bad, leaf)
+
+        return layer.replace(
+            key=jax.tree.map(fill, layer.key), value=jax.tree.map(fill, layer.value)
+        )
+
+    return state.replace(layers=tuple(spoil(layer) for layer in state.layers))

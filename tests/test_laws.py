@@ -1,0 +1,354 @@
+"""Laws every layout keeps, static or dynamic, aligned or ragged; a new layout is one line below."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lucid_jax as lj
+from tests.helpers import D, H, assert_same, make, poison, queries, snapshot, stored, tokens
+
+LAYOUTS = {  # a spec of a given capacity, and the dtype stored
+    "static": (lj.Static, jnp.float32),
+    "dynamic": (lambda capacity: lj.Dynamic(), jnp.float32),
+    "static-bfloat16": (lj.Static, jnp.bfloat16),
+}
+
+B = 2
+SPLITS = [(3, 1, 5), (1, 3, 1, 1, 3), (1,) * 9]
+
+
+@pytest.fixture(params=LAYOUTS)
+def new(request):
+    """A function that makes an empty cache of the layout under test."""
+    spec, dtype = LAYOUTS[request.param]
+
+    def build(capacity=16, **options):
+        state = make(spec(capacity), dtype=dtype, **{"batch": B, **options})
+        return lj.grow(state, capacity)
+
+    return build
+
+
+@pytest.fixture(params=[False, True], ids=["aligned", "ragged"])
+def empty(new, request):
+    """The same, rows advancing together or alone."""
+    return functools.partial(new, ragged=request.param)
+
+
+def _tokens(state, seed, count, batch=B):
+    return [jnp.asarray(x, state.layers[0].dtype) for x in tokens(seed, batch, count)]
+
+
+def _fill(state, count, seed=0, **options):
+    return lj.update(state, *_tokens(state, seed, count, state.batch_size), 0, **options)
+
+
+def _used(empty):
+    """A state with a past: tokens cropped away, rolled back, and seven stored."""
+    state = lj.rollback(_fill(empty(), 12), 2)
+    return lj.crop(state, 7)
+
+
+# --- what comes out ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("split", SPLITS, ids=str)
+def test_any_chunking_of_the_same_tokens_gives_the_same_state_and_outputs(empty, split):
+    """One call, a few calls and token by token agree, attention of every chunk included."""
+    state = empty()
+    key, value = _tokens(state, 0, 9)
+    query = queries(0, B, 9)
+    whole = lj.update(state, key, value, 0)
+    expected = lj.attend(whole, query, 0)
+    outputs = []
+    for begin, size in zip(np.cumsum((0, *split)), split, strict=False):
+        chunk = slice(int(begin), int(begin) + size)
+        state = lj.update(state, key[:, :, chunk], value[:, :, chunk], 0)
+        outputs.append(lj.attend(state, query[:, :, chunk], 0))
+    assert_same(state, whole)
+    np.testing.assert_allclose(np.concatenate(outputs, axis=2), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_tokens_come_out_in_the_order_they_went_in(empty):
+    """`get` is chronological, bit for bit, across appends, crop and rollback."""
+    state = empty()
+    key, value = _tokens(state, 0, 12)
+    state = _used(empty)
+    for row in range(B):
+        got = stored(state, row=row)
+        np.testing.assert_array_equal(got[0], key[row, :, 3:10])
+        np.testing.assert_array_equal(got[1], value[row, :, 3:10])
+
+
+def test_rows_do_not_see_each_other(empty):
+    """Changing the tokens and query of row 1 changes nothing in row 0."""
+    query = queries(0, B, 4)
+    outputs = []
+    for noise in (0, 1):
+        state = empty()
+        key, value = (x.at[1].add(jnp.asarray(noise, x.dtype)) for x in _tokens(state, 0, 6))
+        state = lj.update(state, key, value, 0)
+        state = lj.update(state, key[:, :, :2], value[:, :, :2], 0, np.array([1, 7]))
+        out = lj.attend(state, query + np.float32([0, noise]).reshape(2, 1, 1, 1), 0)
+        outputs.append([*stored(state, row=0), out[0], out[1]])
+    for same, other in zip(outputs[0][:3], outputs[1][:3], strict=True):
+        np.testing.assert_array_equal(same, other)
+    assert not np.array_equal(outputs[0][3], outputs[1][3])  # the change did reach row 1
+
+
+def test_nan_in_slots_that_are_not_live_never_comes_out(empty):
+    """Everything a user sees, now and after later operations, is the same with poisoned slots."""
+
+    def later(state):
+        yield lj.attend(state, queries(1, B, 3), 0)
+        yield lj.attend(state, queries(1, B, 3), 0, causal=False)
+        yield lj.attend(state, queries(1, B, 3), 0, window=2, softcap=5.0)
+        for change in (
+            lambda s: _fill(s, 3, seed=1),
+            lambda s: _fill(s, 1, seed=2, cache_position=12),
+            lambda s: lj.select(s, [1, 1]),
+            lambda s: lj.select(s, [1, 0, 1]),
+            lambda s: lj.crop(s, 5),
+            lambda s: lj.rollback(s, 2),
+            lambda s: _fill(s, 2, seed=3, cache_position=np.array([4, 9])),
+            lambda s: lj.repeat_interleave(s, 2),
+            lambda s: lj.reset(s),
+            lambda s: _fill(s, 2, seed=4, cache_position=np.array([1, 3])),
+        ):
+            state = change(state)
+            yield from snapshot(state)[0]
+            yield lj.attend(state, queries(2, state.batch_size, 2), 0)
+
+    clean = _used(empty)
+    spoilt = poison(clean)
+    raw = spoilt.layers[0].block(jnp.int32(0), lj.capacity(spoilt))[1]
+    assert np.isnan(np.asarray(raw, np.float32)).any()  # the poison is really there
+    assert_same(clean, spoilt)
+    for a, b in zip(later(clean), later(spoilt), strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert not np.isnan(np.asarray(b, np.float32)).any()
+
+
+def test_continuing_after_reset_is_starting_afresh(empty):
+    """`reset` leaves nothing behind: counters, flag and content are those of a new cache."""
+    reused = _fill(lj.reset(_used(empty)), 3, seed=5)
+    assert_same(reused, _fill(empty(), 3, seed=5))
+
+
+# --- the three ways to call ----------------------------------------------------------------------
+
+CALLS = {
+    "append": lambda s, donate: _fill(s, 3, 1, donate=donate),
+    "place": lambda s, donate: _fill(s, 2, 1, cache_position=np.array([1, 9]), donate=donate),
+    "crop": lambda s, donate: lj.crop(s, 4, donate=donate),
+    "rollback": lambda s, donate: lj.rollback(s, 3, donate=donate),
+    "select": lambda s, donate: lj.select(s, [1, 1], donate=donate),
+    "reset": lambda s, donate: lj.reset(s, donate=donate),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_jitted_eager_and_donated_calls_agree(empty, call):
+    """The same new state, bit for bit; the eager call leaves the old one untouched."""
+    state = _used(empty)
+    before = snapshot(state)
+    eager = call(state, False)
+    for old, new in zip(before[0], snapshot(state)[0], strict=True):
+        np.testing.assert_array_equal(old, new)
+    assert_same(eager, jax.jit(functools.partial(call, donate=False))(state))
+    assert_same(eager, call(state, True))
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_a_donated_state_is_reused_in_place_and_then_refused(empty, call):
+    """The new state lives at the old address, and the old one says clearly that it is gone."""
+    state = _used(empty)
+    addresses = [state.layers[0].key.unsafe_buffer_pointer(),
+                 state.layers[0].value.unsafe_buffer_pointer()]  # fmt: skip
+    layer = call(state, True).layers[0]
+    assert addresses == [layer.key.unsafe_buffer_pointer(), layer.value.unsafe_buffer_pointer()]
+    assert state.layers[0].key.is_deleted() and state.layers[0].value.is_deleted()
+    for use in (
+        lambda: _fill(state, 1),
+        lambda: lj.get(state, 0),
+        lambda: lj.attend(state, queries(0, B, 1), 0),
+        lambda: lj.crop(state, 1),
+        lambda: lj.rollback(state, 1),
+        lambda: lj.select(state, [0, 1]),
+        lambda: lj.repeat_interleave(state, 2),
+        lambda: lj.reset(state),
+        lambda: lj.grow(state, 8),
+        lambda: lj.ensure_capacity(state, 1),
+    ):
+        with pytest.raises(RuntimeError, match="donated"):
+            use()
+    assert "donated" in repr(state) or call is CALLS["reset"]  # reset reads no counter
+
+
+@pytest.mark.parametrize(
+    "use",
+    [lj.seq_length, lj.valid, lj.overflowed, lj.check_overflow, lambda s: lj.positions(s, 1)],
+    ids=["seq_length", "valid", "overflowed", "check_overflow", "positions"],
+)
+def test_asking_a_donated_state_about_itself_is_refused_clearly(use):
+    """Introspection of a donated state names donation, not some internal array."""
+    state = make()
+    _fill(state, 1, donate=True)
+    with pytest.raises(RuntimeError, match="donated"):
+        use(state)
+
+
+def test_key_and_value_never_share_a_buffer(empty):
+    """Every leaf has its own memory from the start, or donation would fail."""
+    leaves = jax.tree.leaves(empty(layers=2, value_dim=D))
+    assert len({leaf.unsafe_buffer_pointer() for leaf in leaves}) == len(leaves)
+
+
+# --- transformations -----------------------------------------------------------------------------
+
+
+def test_a_decode_loop_traces_and_compiles_once(empty, compilations):
+    """Twenty steps of one jitted append + attend run one program."""
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def step(state, key, value, query):
+        state = lj.update(state, key, value, 0)
+        return state, lj.attend(state, query, 0), lj.positions(state, 1)
+
+    chex.clear_trace_counter()
+    state = empty()
+    query = jnp.asarray(queries(0, B, 1))
+    steps = [_tokens(state, seed, 1) for seed in range(13)]
+    state, *_ = step(state, *steps[0], query)
+    before = compilations()
+    for key, value in steps[1:]:
+        state, *_ = step(state, key, value, query)
+    assert compilations() == before
+    assert np.all(lj.seq_length(state) == 13)
+
+
+def test_eager_steps_compile_once(empty, compilations):
+    """Eager append, attend, rollback and crop reuse their programs whatever the length."""
+
+    def step(state, seed):
+        state = lj.update(state, *tokens_[seed], 0, donate=True)
+        lj.attend(state, query, 0)
+        state = lj.rollback(lj.update(state, *tokens_[seed], 0), 1)
+        return lj.crop(state, 20)
+
+    state = empty()
+    query = jnp.asarray(queries(0, B, 1))
+    tokens_ = [_tokens(state, seed, 1) for seed in range(12)]
+    state = step(state, 0)
+    before = compilations()
+    for seed in range(1, 12):
+        state = step(state, seed)
+    assert compilations() == before
+
+
+@pytest.mark.parametrize(
+    "move",
+    [
+        lambda s: jax.tree.unflatten(jax.tree.structure(s), jax.tree.leaves(s)),
+        lambda s: jax.device_put(s, jax.devices()[0]),
+        jax.jit(lambda s: s),
+        lambda s: jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), s),
+    ],
+    ids=["flatten", "device_put", "jit", "host-and-back"],
+)
+def test_configuration_survives_moving_and_the_next_update_works(empty, move):
+    """What a layout was told at the start is in the treedef, so later updates behave the same."""
+    state = _used(empty)
+    moved = move(state)
+    assert jax.tree.structure(moved) == jax.tree.structure(state)
+    assert_same(moved, state)
+    assert_same(_fill(moved, 4, seed=7), _fill(state, 4, seed=7))
+    for again in (moved, state):
+        for _ in range(3):  # past the end of a static layer, or on into growth
+            try:
+                again = _fill(again, 5, seed=8)
+            except ValueError as error:
+                assert "capacity" in str(error)
+    assert lj.capacity(moved) == lj.capacity(state)
+
+
+def test_vmap_over_stacked_states_is_each_state_by_itself(empty):
+    """A leading axis of states maps like any other pytree, at different lengths too."""
+    states = [_fill(empty(), n, seed=n) for n in (2, 5, 7)]
+    news = [_tokens(states[0], 10 + i, 2) for i in range(3)]
+    stack = functools.partial(jax.tree.map, lambda *x: jnp.stack(x))
+    query = jnp.asarray(queries(0, B, 2))
+
+    def step(state, key, value):
+        state = lj.update(state, key, value, 0)
+        out = lj.attend(state, query, 0)
+        return lj.crop(lj.rollback(state, 1), 4), out
+
+    mapped, outs = jax.jit(jax.vmap(step))(stack(*states), *stack(*news))
+    for i, (state, new) in enumerate(zip(states, news, strict=True)):
+        expected, out = jax.jit(step)(state, *new)
+        assert_same(jax.tree.map(lambda x, i=i: x[i], mapped), expected)
+        np.testing.assert_allclose(outs[i], out, rtol=1e-5, atol=1e-5)
+
+
+def test_scan_and_while_loop_carry_a_state(empty):
+    """The carry keeps its type, and the result is that of the same eager steps."""
+    start = _fill(empty(), 2)
+    key, value = _tokens(start, 1, 5)
+
+    def by_scan(state):
+        def body(state, new):
+            return lj.update(state, *(x[:, :, None] for x in new), 0), lj.seq_length(state)
+
+        moved = (jnp.moveaxis(key, 2, 0), jnp.moveaxis(value, 2, 0))
+        return jax.lax.scan(body, state, moved)[0]
+
+    def by_while(state):
+        def body(carry):
+            i, state = carry
+            new = (jax.lax.dynamic_slice_in_dim(x, i, 1, axis=2) for x in (key, value))
+            return i + 1, lj.update(state, *new, 0)
+
+        return jax.lax.while_loop(lambda c: c[0] < 5, body, (jnp.int32(0), state))[1]
+
+    expected = lj.update(start, key, value, 0)
+    assert_same(jax.jit(by_scan)(start), expected)
+    assert_same(jax.jit(by_while)(start), expected)
+
+
+@pytest.mark.parametrize("loop", ["scan", "while"])
+def test_a_compiled_loop_body_makes_no_copy_of_the_buffers(empty, loop):
+    """Temporaries of a donated loop stay far below one buffer."""
+    state = empty(capacity=2048, batch=4, dim=64, value_dim=64)
+    one = jnp.ones((4, H, 1, 64), state.layers[0].dtype)
+
+    def run(state):
+        def step(state):
+            return lj.update(state, one, one, 0)
+
+        if loop == "scan":
+            return jax.lax.scan(lambda s, _: (step(s), None), state, length=9)[0]
+        return jax.lax.while_loop(lambda s: jnp.all(lj.seq_length(s) < 9), step, state)
+
+    compiled = jax.jit(run, donate_argnums=0).lower(state).compile()
+    buffer = state.layers[0].key.nbytes
+    assert compiled.memory_analysis().temp_size_in_bytes < buffer / 8
+
+
+def test_ragged_rows_advance_alone(new):
+    """Right-padded chunks with `lengths` store exactly each row's own tokens."""
+    state = new(ragged=True, batch=3)
+    key, value = _tokens(state, 0, 4, batch=3)
+    state = lj.update(state, key, value, 0, lengths=[4, 0, 2])
+    state = lj.update(state, key, value, 0, lengths=[1, 3, 0])
+    picks = [[0, 1, 2, 3, 0], [0, 1, 2], [0, 1]]
+    for row, picked in enumerate(picks):
+        np.testing.assert_array_equal(stored(state, row=row)[0], key[row][:, np.array(picked)])
+        np.testing.assert_array_equal(stored(state, row=row)[1], value[row][:, np.array(picked)])
+    assert lj.seq_length(state).tolist() == [5, 3, 2]
+    assert lj.positions(state, 1)[:, 0].tolist() == [5, 3, 2]
