@@ -4,6 +4,7 @@ The functional API is here (`init_cache`, `update`, `attend`, ...), stateful cac
 `lucid_jax.nn`, the reference model and checkpoints in `lucid_jax.models`.
 """
 
+from lucid_jax import nn
 from lucid_jax.attention.attend import attend
 from lucid_jax.cache.contiguous import Dynamic, Static
 from lucid_jax.cache.layer import Layer, LayerSpec
@@ -28,15 +29,39 @@ from lucid_jax.cache.state import (
     update,
     valid,
 )
+from lucid_jax.tensor import (
+    BFloat16,
+    Bool,
+    Float16,
+    Float32,
+    Float64,
+    Int8,
+    Int16,
+    Int32,
+    Int64,
+    Tensor,
+    manual_seed,
+    randn,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BFloat16",
+    "Bool",
     "CacheState",
     "Dynamic",
+    "Float16",
+    "Float32",
+    "Float64",
+    "Int8",
+    "Int16",
+    "Int32",
+    "Int64",
     "Layer",
     "LayerSpec",
     "Static",
+    "Tensor",
     "attend",
     "capacity",
     "check_overflow",
@@ -45,9 +70,12 @@ __all__ = [
     "get",
     "grow",
     "init_cache",
+    "manual_seed",
     "nbytes",
+    "nn",
     "overflowed",
     "positions",
+    "randn",
     "reorder",
     "repeat_interleave",
     "reset",

@@ -1,0 +1,255 @@
+"""Multi-head attention as a flax module that takes a cache, stateful or pure.
+
+Shapes: hidden (B, T, hidden_size) outside; (B, N or H, T, D) inside, N query and H key heads.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import ArrayLike
+
+from lucid_jax.attention.attend import attend
+from lucid_jax.attention.dense import dot_product
+from lucid_jax.cache import state as core
+from lucid_jax.nn.cache import Cache, EncoderDecoderCache, KVCache
+from lucid_jax.nn.rope import rope
+
+
+class MultiHeadAttention(nnx.Module):
+    """Grouped-query attention with the projections `q_proj`, `k_proj`, `v_proj`, `o_proj`.
+
+    Rotary positions come from the cache's count of tokens ever seen, so they stay right after
+    crop, rollback and in ragged batches.
+
+    Attributes:
+      num_heads: query heads N.
+      num_kv_heads: key/value heads H; each serves N / H query heads.
+      head_dim: width D of one head.
+      rope_theta: base of the rotary positions, or None for none.
+
+    Example:
+      >>> import lucid_jax.nn as nn
+      >>> attention = nn.MultiHeadAttention(16, num_heads=4, num_kv_heads=2, rngs=nnx.Rngs(0))
+      >>> cache = nn.StaticKVCache(max_cache_len=8, num_layers=1)
+      >>> attention(jnp.ones((1, 3, 16)), cache=cache).shape, cache.get_seq_length()
+      ((1, 3, 16), 3)
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        *,
+        use_bias: bool = False,
+        kv_hidden_size: int | None = None,
+        rope_theta: float | None = None,
+        scale: float | None = None,
+        softcap: float | None = None,
+        window: int | None = None,
+        dtype: jnp.dtype | None = None,
+        param_dtype: jnp.dtype = jnp.float32,
+        kernel_init: nnx.Initializer | None = None,
+        out_init: nnx.Initializer | None = None,
+        rngs: nnx.Rngs,
+    ):
+        """Builds the projections.
+
+        Args:
+          hidden_size: width of the input and the output.
+          num_heads: query heads.
+          num_kv_heads: key/value heads; by default as many as query heads.
+          head_dim: width of a head; by default `hidden_size // num_heads`.
+          use_bias: whether the projections add a bias.
+          kv_hidden_size: width of what keys and values are made from in cross-attention; by default
+            `hidden_size`.
+          rope_theta: base of the rotary positions; None leaves queries and keys unrotated.
+          scale: multiplies the scores; by default 1 / sqrt(head_dim).
+          softcap: bounds the scores, see `lucid_jax.attend`.
+          window: if given, a query sees itself and the `window - 1` positions before it.
+          dtype: dtype to compute in; by default the inputs' and parameters' common dtype.
+          param_dtype: dtype the parameters are kept in.
+          kernel_init: initializer of the projections; by default LeCun normal.
+          out_init: initializer of the output projection; by default `kernel_init`.
+          rngs: source of the parameters.
+
+        Raises:
+          ValueError: if heads or widths are not positive, or do not divide.
+        """
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        for name, value in (
+            ("hidden_size", hidden_size),
+            ("num_heads", num_heads),
+            ("num_kv_heads", num_kv_heads),
+        ):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if num_heads % num_kv_heads:
+            raise ValueError(
+                f"num_heads ({num_heads}) must be a multiple of num_kv_heads ({num_kv_heads})"
+            )
+        if head_dim is None:
+            if hidden_size % num_heads:
+                raise ValueError(
+                    f"hidden_size ({hidden_size}) is not a multiple of num_heads ({num_heads}); "
+                    "give head_dim"
+                )
+            head_dim = hidden_size // num_heads
+        if head_dim < 1:
+            raise ValueError(f"head_dim must be at least 1, got {head_dim}")
+        if rope_theta is not None and head_dim % 2:
+            raise ValueError(f"rotary positions need an even head_dim, got {head_dim}")
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = head_dim
+        self.rope_theta = rope_theta
+        self.scale, self.softcap, self.window = scale, softcap, window
+        kernel_init = nnx.initializers.lecun_normal() if kernel_init is None else kernel_init
+        kv_hidden_size = hidden_size if kv_hidden_size is None else kv_hidden_size
+
+        def linear(inputs: int, outputs: int, init: nnx.Initializer) -> nnx.Linear:
+            return nnx.Linear(
+                inputs,
+                outputs,
+                use_bias=use_bias,
+                dtype=dtype,
+                param_dtype=param_dtype,
+                kernel_init=init,
+                rngs=rngs,
+            )
+
+        self.q_proj = linear(hidden_size, num_heads * head_dim, kernel_init)
+        self.k_proj = linear(kv_hidden_size, num_kv_heads * head_dim, kernel_init)
+        self.v_proj = linear(kv_hidden_size, num_kv_heads * head_dim, kernel_init)
+        self.o_proj = linear(num_heads * head_dim, hidden_size, out_init or kernel_init)
+
+    def __call__(
+        self,
+        hidden: jax.Array,
+        *,
+        cache: Cache | core.CacheState | None = None,
+        layer_idx: int = 0,
+        encoder_hidden: jax.Array | None = None,
+        is_cross_attention: bool = False,
+        positions: jax.Array | None = None,
+        cache_position: ArrayLike | None = None,
+        lengths: ArrayLike | None = None,
+        mask: jax.Array | None = None,
+        bias: jax.Array | None = None,
+    ) -> Any:
+        """Attends to the tokens so far (causal), or to an encoder's output (cross-attention).
+
+        Args:
+          hidden: (B, T, hidden_size): the new tokens.
+          cache: where keys and values are kept. A stateful cache is changed in place; a pure
+            `CacheState` comes back changed beside the output. None: the T tokens are all there is.
+          layer_idx: which layer of the cache.
+          encoder_hidden: (B, S, kv_hidden_size), for cross-attention: what keys and values are made
+            from. With a cache they are made once: an `EncoderDecoderCache` that has this layer's
+            ignores it; for other caches, leave it out after the first call.
+          is_cross_attention: attend to the encoder, every query to every key, no rotary positions.
+          positions: int32 [T] or [B, T] absolute positions for RoPE, where the cache's (or
+            0 ... T-1) are not wanted.
+          cache_position: where in the cache the tokens go, see `lucid_jax.update`.
+          lengths: int32 [B], ragged pure caches: how many of each row's tokens are real.
+          mask: bool, broadcastable to (B, N, T, keys): with a cache, keys are its capacity.
+          bias: float, broadcastable likewise, added to the scores.
+
+        Returns:
+          (B, T, hidden_size); with a pure `CacheState`, that and the new state.
+
+        Raises:
+          ValueError: if cross-attention has nothing to attend to, or an option does not apply.
+        """
+        tokens = hidden.shape[1]
+        query = self._split_heads(self.q_proj(hidden))
+        new: tuple[jax.Array, jax.Array] | None = None
+        if not is_cross_attention:
+            if encoder_hidden is not None:
+                raise ValueError(
+                    "encoder_hidden= is for is_cross_attention=True; set it, or drop it"
+                )
+            if self.rope_theta is not None and positions is None:
+                positions = _next_positions(cache, tokens, layer_idx, cache_position)
+            new = self._keys_values(hidden, positions)
+            query = self._rotate(query, positions)
+        elif encoder_hidden is not None and not _has_encoder_keys(cache, layer_idx):
+            new = self._keys_values(encoder_hidden, None)
+        if cache is None and new is None:
+            raise ValueError(
+                "cross-attention needs encoder_hidden=, or a cache that holds its keys"
+            )
+
+        options: dict[str, Any] = {
+            "scale": self.scale,
+            "softcap": self.softcap,
+            "mask": mask,
+            "bias": bias,
+            "causal": not is_cross_attention,
+            "window": None if is_cross_attention else self.window,
+        }
+        if cache is None:
+            assert new is not None
+            return self._merge_heads(dot_product(query, *new, **options))
+        if not is_cross_attention:
+            options |= {"lengths": lengths, "cache_position": cache_position}
+        if isinstance(cache, core.CacheState):
+            if new is not None:
+                cache = core.update(cache, *new, layer_idx, cache_position, lengths)
+            return self._merge_heads(attend(cache, query, layer_idx, **options)), cache
+        part = _part(cache, is_cross_attention)
+        if new is not None:
+            part.store(*new, layer_idx, cache_position)
+        return self._merge_heads(part.attend(query, layer_idx, **options))
+
+    def _keys_values(
+        self, source: jax.Array, positions: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        key = self._split_heads(self.k_proj(source))
+        return self._rotate(key, positions), self._split_heads(self.v_proj(source))
+
+    def _rotate(self, x: jax.Array, positions: jax.Array | None) -> jax.Array:
+        if self.rope_theta is None or positions is None:
+            return x
+        return rope(x, positions, self.rope_theta)
+
+    def _split_heads(self, projected: jax.Array) -> jax.Array:
+        batch, length, _ = projected.shape
+        return projected.reshape(batch, length, -1, self.head_dim).swapaxes(1, 2)
+
+    def _merge_heads(self, out: jax.Array) -> jax.Array:
+        batch, _, length, _ = out.shape
+        return self.o_proj(out.swapaxes(1, 2).reshape(batch, length, -1))
+
+
+def _part(cache: Cache, is_cross_attention: bool) -> KVCache:
+    if isinstance(cache, EncoderDecoderCache):
+        return cache.cross_attention_cache if is_cross_attention else cache.self_attention_cache
+    if isinstance(cache, KVCache):
+        return cache
+    raise TypeError(
+        f"cache must be a CacheState, a KVCache or an EncoderDecoderCache, got {type(cache).__name__}"
+    )
+
+
+def _has_encoder_keys(cache: Cache | core.CacheState | None, layer_idx: int) -> bool:
+    return isinstance(cache, EncoderDecoderCache) and cache.is_updated.get(layer_idx, False)
+
+
+def _next_positions(
+    cache: Cache | core.CacheState | None,
+    tokens: int,
+    layer_idx: int,
+    cache_position: ArrayLike | None,
+) -> jax.Array:
+    """Absolute positions of the tokens about to be stored, int32 [T] or [B, T]."""
+    if cache is None:
+        return jnp.arange(tokens, dtype=jnp.int32)
+    if not isinstance(cache, core.CacheState):
+        return _part(cache, False).positions(tokens, layer_idx, cache_position)
+    return core.positions(cache, tokens, layer_idx, cache_position)
