@@ -1,0 +1,125 @@
+"""The corpus and its split, and the tokenizer."""
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given, settings
+
+from lucid_jax.models import corpus
+from lucid_jax.models.corpus import Corpus, Document, paragraph_keys, split
+from lucid_jax.models.tokenizer import END_OF_TEXT, Tokenizer
+
+TEXTS = [
+    "Return a list of the items in the mapping.",
+    "naïve café — “quoted” 日本語 🙂\n\t\x00",
+] * 4
+
+
+@pytest.fixture(scope="module")
+def python() -> Corpus:
+    return corpus.python_corpus()
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train(TEXTS, vocab_size=300)
+
+
+def test_corpus_is_deterministic(python: Corpus):
+    assert corpus.python_corpus().fingerprint == python.fingerprint
+
+
+def test_corpus_has_every_source_and_plausible_sizes(python: Corpus):
+    assert {d.kind for d in python.train} == {"topic", "module", "builtin", "comments"}
+    assert {d.kind for d in python.held_out} == {"topic", "module", "builtin"}
+    held_out, train = corpus.num_bytes(python.held_out), corpus.num_bytes(python.train)
+    assert train > 2_000_000
+    assert 0.02 < held_out / train < 0.1
+    names = [d.name for d in python.train + python.held_out]
+    assert len(names) == len(set(names))
+
+
+def test_no_held_out_paragraph_or_subject_is_trained_on(python: Corpus):
+    hidden = set().union(*(paragraph_keys(d.text) for d in python.held_out))
+    seen = set().union(*(paragraph_keys(d.text) for d in python.train))
+    assert not hidden & seen
+    subjects = {d.subject.lstrip("_") for d in python.held_out}
+    assert not subjects & {d.subject.lstrip("_") for d in python.train}
+
+
+def test_a_document_is_split_the_same_way_in_any_company():
+    documents = [Document("module", f"m{i}", f"text {i}") for i in range(200)]
+    everything, half = split(documents, 0.3), split(documents[::2], 0.3)
+    assert set(half.held_out) == set(everything.held_out) & set(documents[::2])
+
+
+def test_paragraphs_shared_across_the_split_are_cut_from_training():
+    shared = "This paragraph is quoted, word for word, by every one of the documents."
+    documents = [
+        Document(
+            "topic", str(i), f"{shared}\n\nOwn text number {i}, which is long enough to count."
+        )
+        for i in range(40)
+    ]
+    result = split(documents, 0.2)
+    assert result.held_out and all(shared in d.text for d in result.held_out)
+    assert result.train and not any(shared in d.text for d in result.train)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.5])
+def test_split_rejects_a_fraction_that_leaves_nothing(fraction: float):
+    with pytest.raises(ValueError, match="held_out_fraction must be between 0 and 1"):
+        split([Document("module", "a", "text")], fraction)
+
+
+def test_split_rejects_an_empty_half():
+    with pytest.raises(ValueError, match="give more documents"):
+        split([Document("module", "a", "text")], 0.5)
+
+
+@settings(deadline=None)
+@given(
+    text=st.text() | st.sampled_from([f"a {END_OF_TEXT} b", "<|endo", " \n\n\r\n\t x", "\ufffd"])
+)
+def test_any_text_survives_the_tokenizer(tokenizer: Tokenizer, text: str):
+    ids = tokenizer.encode(text)
+    assert tokenizer.end_of_text_id not in ids
+    assert tokenizer.decode(ids) == text
+    assert _streamed(tokenizer, ids) == text
+
+
+@settings(deadline=None)
+@given(ids=st.lists(st.integers(0, 299), max_size=20))
+def test_streaming_any_ids_gives_what_decode_gives(tokenizer: Tokenizer, ids: list[int]):
+    assert _streamed(tokenizer, ids) == tokenizer.decode(ids)
+    assert tokenizer.decode(ids) == tokenizer._backend.decode(ids)
+
+
+def test_a_stream_holds_back_half_a_character(tokenizer: Tokenizer):
+    plain = Tokenizer.train(["a"], vocab_size=257)  # bytes only
+    stream = plain.stream()
+    assert [stream.push(i) for i in plain.encode("é!")] == ["", "é", "!"]
+    stream.push(plain.encode("é")[0])
+    assert stream.flush() == "\ufffd"
+    assert stream.flush() == ""
+
+
+def test_tokenizer_survives_saving(tokenizer: Tokenizer, tmp_path):
+    tokenizer.save(tmp_path / "tokenizer.json")
+    loaded = Tokenizer.load(tmp_path / "tokenizer.json")
+    assert loaded.vocab_size == tokenizer.vocab_size
+    assert loaded.end_of_text_id == tokenizer.end_of_text_id
+    assert loaded.encode_batch(TEXTS) == [tokenizer.encode(text) for text in TEXTS]
+
+
+def test_tokenizer_errors():
+    with pytest.raises(ValueError, match="at least 257"):
+        Tokenizer.train(TEXTS, vocab_size=100)
+    with pytest.raises(ValueError, match=r"not the content of a tokenizer\.json"):
+        Tokenizer.from_json("{}")
+    with pytest.raises(UnicodeEncodeError):
+        Tokenizer.train(TEXTS, vocab_size=257).encode("\ud800")
+
+
+def _streamed(tokenizer: Tokenizer, ids: list[int]) -> str:
+    stream = tokenizer.stream()
+    return "".join(stream.push(i) for i in ids) + stream.flush()
