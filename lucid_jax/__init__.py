@@ -29,6 +29,7 @@ from lucid_jax.cache.state import (
     update,
     valid,
 )
+from lucid_jax.decode import Generation, Sampling, generate, stream
 from lucid_jax.tensor import (
     BFloat16,
     Bool,
@@ -54,12 +55,14 @@ __all__ = [
     "Float16",
     "Float32",
     "Float64",
+    "Generation",
     "Int8",
     "Int16",
     "Int32",
     "Int64",
     "Layer",
     "LayerSpec",
+    "Sampling",
     "Static",
     "Tensor",
     "attend",
@@ -67,6 +70,7 @@ __all__ = [
     "check_overflow",
     "crop",
     "ensure_capacity",
+    "generate",
     "get",
     "grow",
     "init_cache",
@@ -82,6 +86,7 @@ __all__ = [
     "rollback",
     "select",
     "seq_length",
+    "stream",
     "update",
     "valid",
 ]
