@@ -1,0 +1,184 @@
+"""The command line: `lucid-jax generate` and `lucid-jax bench`.
+
+Bad input ends in one line on stderr and exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import NoReturn
+
+import jax
+import jax.numpy as jnp
+
+from lucid_jax.cache.contiguous import Dynamic, Static, grown_capacity
+from lucid_jax.cache.state import nbytes
+from lucid_jax.decode import Sampling, stream, stream_uncached
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with errors of one line."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: error: {message} (see {self.prog} --help)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit code."""
+    parser = _Parser(prog="lucid-jax", description="KV caches for JAX.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_generate(commands.add_parser("generate", help="continue a prompt, streaming the text"))
+    bench = commands.add_parser("bench", help="measure the cache on this machine")
+    bench.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    bench.add_argument(
+        "--quick", action="store_true", help="smaller sizes and fewer repeats, to see that it runs"
+    )
+    options = parser.parse_args(argv)
+    try:
+        if options.command == "bench":
+            from lucid_jax.bench import run_bench
+
+            run_bench(as_json=options.json, quick=options.quick)
+            return 0
+        return _generate(options)
+    except (ValueError, OSError) as error:
+        message = " ".join(str(error).split())
+        print(f"lucid-jax {options.command}: error: {message}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if error.name != "tokenizers":
+            raise
+        print(
+            f"lucid-jax {options.command}: error: text needs the tokenizers package; "
+            "install it with: pip install 'lucid-jax[text]'",
+            file=sys.stderr,
+        )
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prompt", metavar="PROMPT", help="text to continue")
+    parser.add_argument(
+        "--cache", choices=("static", "dynamic"), default="static", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--capacity", type=int, metavar="N",
+        help="slots of the static cache; by default just what the prompt and new tokens need",
+    )  # fmt: skip
+    parser.add_argument("--no-cache", action="store_true", help="recompute everything, to compare")
+    parser.add_argument("--max-new-tokens", type=int, default=120, metavar="N")
+    parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy")
+    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="0 keeps all tokens")
+    parser.add_argument("--top-p", type=float, default=0.95, metavar="P")
+    parser.add_argument("--min-p", type=float, default=0.0, metavar="P")
+    parser.add_argument("--repetition-penalty", type=float, default=1.1, metavar="X")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--checkpoint", metavar="DIR",
+        help="model folder (config.json, model.safetensors, tokenizer.json); "
+        "by default the small model that ships with the package",
+    )  # fmt: skip
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+
+
+def _generate(options: argparse.Namespace) -> int:
+    if options.max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens must be at least 1, got {options.max_new_tokens}")
+    if not 0 <= options.seed < 2**63:
+        raise ValueError(f"--seed must be in [0, 2**63), got {options.seed}")
+    if options.capacity is not None and (options.cache != "static" or options.no_cache):
+        raise ValueError("--capacity is for --cache static; leave it out")
+    sampling = Sampling(
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        min_p=options.min_p,
+        repetition_penalty=options.repetition_penalty,
+    )
+    from lucid_jax.models.checkpoint import load_model
+
+    model, tokenizer = load_model(options.checkpoint, dtype=jnp.dtype(options.dtype))
+    # A document begins after a separator, in training as here.
+    prompt = [tokenizer.end_of_text_id, *tokenizer.encode(options.prompt)]
+    need = len(prompt) + options.max_new_tokens - 1
+    trained = model.config.max_position_embeddings
+    if need > trained:
+        print(
+            f"note: {need} positions are more than the {trained} this model was trained for",
+            file=sys.stderr,
+        )
+
+    slots = need if options.capacity is None else options.capacity
+    spec = Dynamic() if options.cache == "dynamic" else Static(slots)
+
+    def pieces() -> Iterator[list[list[int]]]:
+        common = {
+            "max_new_tokens": options.max_new_tokens,
+            "sampling": sampling,
+            "seed": options.seed,
+            "stop_tokens": [tokenizer.end_of_text_id],
+        }
+        if options.no_cache:
+            return stream_uncached(model, [prompt], **common)
+        return stream(model, [prompt], cache=spec, **common)
+
+    warm_up = pieces()
+    for _ in range(2):  # compiles prefill and loop, so that the times below are of running them
+        next(warm_up, None)
+    del warm_up
+
+    print(options.prompt, end="", flush=True)
+    text = tokenizer.stream()
+    calls: list[tuple[int, float, bool]] = []  # tokens, seconds, whether something was compiled
+    with _CompileCounter() as compiles:
+        before, started = compiles.count, time.perf_counter()
+        for (new,) in pieces():
+            seconds = time.perf_counter() - started
+            calls.append((len(new), seconds, compiles.count > before))
+            print("".join(text.push(token) for token in new), end="", flush=True)
+            before, started = compiles.count, time.perf_counter()
+    print(text.flush(), flush=True)
+
+    (_, prefill_seconds, _), *decoding = calls
+    steady = [(n, s) for n, s, compiled in decoding if not compiled]
+    tokens, seconds = sum(n for n, _ in steady), sum(s for _, s in steady)
+    print(f"\nprefill: {len(prompt)} tokens at {len(prompt) / prefill_seconds:,.0f} tokens/s")
+    if tokens:
+        print(f"decode:  {tokens} tokens at {tokens / seconds:,.0f} tokens/s")
+    else:
+        print("decode:  no further token")
+    if options.no_cache:
+        print("cache:   none; every token recomputed all before it")
+    else:
+        stored = len(prompt) + sum(n for n, _, _ in calls) - 1
+        capacity = grown_capacity(stored) if options.cache == "dynamic" else slots
+        size = nbytes(model.init_cache(Static(capacity), 1, ragged=True))
+        print(f"cache:   {options.cache}, {stored} of {capacity} slots used, {size:,} bytes")
+    return 0
+
+
+class _CompileCounter:
+    """Counts the programs XLA compiles while entered."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def _listen(self, event: str, duration_secs: float, **_: str | int) -> None:
+        self.count += event == "/jax/core/compile/backend_compile_duration"
+
+    def __enter__(self) -> _CompileCounter:
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        jax.monitoring.unregister_event_duration_listener(self._listen)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
