@@ -69,7 +69,7 @@ def stored(state, layer_idx=0, row=0):
 
 @jax.jit
 def poison(state):
-    """The state with every slot that is not live filled with NaN (all bits set, if stored as bits)."""
+    """The state with every slot that is not live filled with NaN (all bits set, if bits)."""
 
     def spoil(layer):
         dead = layer.slot_positions(jnp.int32(0), layer.capacity) < 0

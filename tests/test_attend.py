@@ -106,8 +106,8 @@ def test_a_float32_query_over_a_bfloat16_cache_loses_nothing_more():
 def test_one_query_sees_every_stored_token_not_the_first_alone():
     """Causality is by position, not aligned to the top left."""
     both = Both().update(6)
-    one = both.check(1)
-    np.testing.assert_allclose(one, lj.attend(both.state, both.query(1), 0, causal=False), rtol=1e-5)
+    seen = lj.attend(both.state, both.query(1), 0, causal=False)
+    np.testing.assert_allclose(both.check(1), seen, rtol=1e-5)
 
 
 def test_causal_false_shows_every_query_everything():
@@ -168,7 +168,8 @@ def test_queries_placed_like_their_tokens_see_up_to_their_own_place(ragged, plac
     """`cache_position` in every form, after a crop too."""
     count = np.shape(places)[-1] if np.shape(places) else 1
     both = Both(ragged=ragged).update(7).crop(5)
-    both.update(count, seed=1, cache_position=np.asarray(places)).check(count, cache_position=places)
+    both.update(count, seed=1, cache_position=np.asarray(places))
+    both.check(count, cache_position=places)
     both.check(count, cache_position=places, window=3)
 
 
@@ -275,7 +276,8 @@ def test_large_scores_stay_finite():
         state = lj.update(make(), key, value, 0)
         query = np.full((B, H, 1, D), 1e4, np.float32)
         best = 3 if sign > 0 else 0
-        np.testing.assert_allclose(lj.attend(state, query, 0)[:, :, 0], value[:, :, best], rtol=1e-5)
+        got = lj.attend(state, query, 0)[:, :, 0]
+        np.testing.assert_allclose(got, value[:, :, best], rtol=1e-5)
 
 
 def test_gradients_of_a_query_are_finite():

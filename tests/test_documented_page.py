@@ -1,4 +1,4 @@
-"""The code blocks of the documented page run verbatim under the names it uses, and print what it says."""
+"""The code blocks of the documented page run verbatim, and print what its comments say."""
 
 import sys
 import textwrap

@@ -1,7 +1,7 @@
 """Random operation sequences agree with the slow NumPy model, op by op.
 
-{static, dynamic} x {aligned, ragged} x {eager, donated, jitted}; shapes come from few sizes, so that
-compiled programs are reused.
+{static, dynamic} x {aligned, ragged} x {eager, donated, jitted}; shapes come from few sizes, so
+that compiled programs are reused.
 """
 
 import copy

@@ -89,8 +89,10 @@ ERRORS = [
 ]
 
 
-@pytest.mark.parametrize("name, ragged, arguments, error, words", ERRORS, ids=[e[0] for e in ERRORS])
-def test_a_wrong_update_says_what_was_expected_and_what_came(name, ragged, arguments, error, words):
+@pytest.mark.parametrize(
+    "_, ragged, arguments, error, words", ERRORS, ids=[case[0] for case in ERRORS]
+)
+def test_a_wrong_update_says_what_was_expected_and_what_came(_, ragged, arguments, error, words):
     """The same exception eagerly (state untouched) and while tracing."""
     state, *_ = filled(2, layers=2, ragged=ragged)
     before = snapshot(state)
@@ -183,7 +185,13 @@ def test_rollback_by_row_needs_one_number_per_row():
 )
 def test_a_cache_of_impossible_size_is_refused(change, error, message):
     """`init_cache` names the size that is wrong."""
-    good = {"spec": lj.Static(4), "num_layers": 2, "batch_size": 1, "num_kv_heads": 1, "head_dim": 2}
+    good = {
+        "spec": lj.Static(4),
+        "num_layers": 2,
+        "batch_size": 1,
+        "num_kv_heads": 1,
+        "head_dim": 2,
+    }
     with pytest.raises(error, match=message):
         lj.init_cache(**{**good, **change})
 
@@ -215,7 +223,7 @@ def test_an_eager_append_that_does_not_fit_raises_and_changes_nothing(ragged, do
 
 def test_a_chunk_larger_than_the_whole_cache_raises_while_tracing():
     """What can never fit is a static error, not a flag."""
-    with pytest.raises(ValueError, match="9.*8"):
+    with pytest.raises(ValueError, match=r"9.*8"):
         jax.eval_shape(lambda s: lj.update(s, *tokens(0, B, 9), 0), make())
 
 
@@ -227,7 +235,7 @@ def test_a_traced_append_that_does_not_fit_writes_nothing_and_raises_a_sticky_fl
     assert lj.overflowed(full).item() and not lj.overflowed(state).item()
     np.testing.assert_array_equal(stored(full)[0], stored(state)[0])
     assert lj.seq_length(full) == 6 and lj.positions(full, 1).tolist() == [6]
-    with pytest.raises(OverflowError, match="layer 0.*length 6, capacity 8"):
+    with pytest.raises(OverflowError, match=r"layer 0.*length 6, capacity 8"):
         lj.check_overflow(full)
     more = append(lj.rollback(full, 2), KEY, VALUE)
     assert lj.seq_length(more) == 7 and lj.overflowed(more).item()
@@ -259,7 +267,7 @@ def test_a_traced_position_out_of_range_writes_nothing(bad):
 
 
 def test_traced_rows_out_of_the_batch_are_clamped_and_flagged():
-    """A traced `select` cannot raise, so it says so in the flag; ragged rows each for themselves."""
+    """A traced `select` cannot raise, so it sets the flag; ragged rows each for themselves."""
     select = jax.jit(lj.select)
     state, key, _ = filled(2)
     after = select(state, np.int32([2, -1]))
@@ -475,7 +483,9 @@ def test_single_integers_come_in_many_forms(one):
     assert_same(lj.update(state, *new, np.int64(0)), lj.update(state, *new, 0))
 
 
-@pytest.mark.parametrize("wrap", [np.asarray, jnp.asarray, OnlyArray, OnlyDlpack, np.ndarray.tolist])
+@pytest.mark.parametrize(
+    "wrap", [np.asarray, jnp.asarray, OnlyArray, OnlyDlpack, np.ndarray.tolist]
+)
 def test_tokens_come_in_many_forms(wrap):
     """Arrays, nested lists, and objects with only `__array__` or only `__dlpack__`."""
     state = lj.update(make(), wrap(KEY), wrap(VALUE), 0)
@@ -491,5 +501,5 @@ def test_a_traced_position_in_a_list_is_accepted():
 
 def test_selecting_another_number_of_rows_with_donate_does_not_warn():
     """Memory that cannot be reused is the library's business, not a warning."""
-    state, key, _ = filled(3)
+    state, *_ = filled(3)
     assert lj.select(state, [1, 0, 1], donate=True).batch_size == 3

@@ -59,7 +59,7 @@ def assert_contents(cache, before):
 
 
 @contextlib.contextmanager
-def refused(cache, error, match):
+def refused(cache, error, match=None):
     """The block raises, and leaves the cache as it was."""
     before = contents(cache)
     with pytest.raises(error, match=match):
@@ -121,7 +121,7 @@ def test_max_cache_shape():
 )  # fmt: skip
 def test_a_static_cache_needs_sensible_sizes(arguments, error):
     """At least one token and one layer, as integers."""
-    with pytest.raises(error, match="max_cache_len|num_layers"):
+    with pytest.raises(error, match=r"max_cache_len|num_layers"):
         nn.StaticKVCache(*arguments)
 
 
@@ -432,7 +432,7 @@ def test_rollback_drops_the_latest(cache):
         assert cache.positions(1, layer).tolist() == [3]
     cache.update(*kv(1), 0)
     for n, error in ((4, ValueError), (-1, ValueError), (1.5, TypeError)):
-        with refused(cache, error, "n must|rollback"):
+        with refused(cache, error, r"n must|rollback"):
             cache.rollback(n)
 
 
@@ -537,7 +537,7 @@ BAD_CALLS = {  # layer 0 holds 3 tokens of 2 rows, layer 2 one of 3 heads, the o
         ValueError, "equal shapes", lambda c: c.update(kv(1)[0], kv(2)[1], 3)),
     "1 axis": (ValueError, "at least 2 axes", lambda c: c.update(np.ones(4), np.ones(4), 3)),
     "a number": (ValueError, "at least 2 axes", lambda c: c.update(1.0, 1.0, 0)),
-    "heads": (ValueError, "heads", lambda c: c.update(*kv(1, heads=3), 0)),
+    "heads": (ValueError, r"\(2, 2, seq, 4\)", lambda c: c.update(*kv(1, heads=3), 0)),
     "head_dim": (ValueError, "head_dim", lambda c: c.update(*kv(1, dim=6), 0)),
     "batch": (ValueError, "batch", lambda c: c.update(*kv(1, batch=3), 0)),
     "other axes": (ValueError, "shape", lambda c: c.update(np.ones((2, 1, 4)), np.ones((2, 1, 4)), 0)),
@@ -556,13 +556,15 @@ BAD_CALLS = {  # layer 0 holds 3 tokens of 2 rows, layer 2 one of 3 heads, the o
     "layer a boolean": (TypeError, "layer_idx", lambda c: c.get(True)),
     "negative position": (ValueError, "negative", lambda c: c.update(*kv(1), 0, -1)),
     "negative position among others": (ValueError, "negative", lambda c: c.update(*kv(2), 0, [0, -1])),
-    "negative position of one row": (ValueError, "negative", lambda c: c.update(*kv(1), 3, [[0], [-1]])),
+    "negative position of one row": (
+        ValueError, "negative", lambda c: c.update(*kv(1), 3, [[0], [-1]])),
     "0-D position, two tokens": (ValueError, "0-D", lambda c: c.update(*kv(2), 0, 0)),
     "0-D position, two tokens, new layer": (ValueError, "0-D", lambda c: c.update(*kv(2), 3, 0)),
     "1-D positions too few": (ValueError, "1-D", lambda c: c.update(*kv(2), 0, [0])),
     "1-D positions too many": (ValueError, "1-D", lambda c: c.update(*kv(2), 3, [0, 1, 2])),
     "2-D positions of another shape": (ValueError, "2-D", lambda c: c.update(*kv(2), 0, [[0, 1]])),
-    "2-D positions transposed": (ValueError, "2-D", lambda c: c.update(*kv(3), 0, np.zeros((3, 2), int))),
+    "2-D positions transposed": (
+        ValueError, "2-D", lambda c: c.update(*kv(3), 0, np.zeros((3, 2), int))),
     "2-D positions, no batch axis": (
         ValueError, "batch axis", lambda c: c.update(np.ones((1, 4)), np.ones((1, 4)), 3, [[0]])),
     "2-D positions, no batch axis, DLPack": (
@@ -626,7 +628,7 @@ def test_an_empty_chunk_does_not_hide_a_bad_position(cache, position):
     """No tokens and one position disagree, in a layer that exists and one that does not."""
     cache.update(*kv(1), 0)
     for layer in (0, 1):
-        with refused(cache, (ValueError, TypeError), ""):
+        with refused(cache, (ValueError, TypeError)):
             cache.update(*kv(0), layer, position)
 
 
@@ -852,7 +854,7 @@ def test_random_operations_agree_with_the_model(kind, operations):
         try:
             on_model()
         except Refused as refusal:
-            with refused(cache, refusal.error, ""):
+            with refused(cache, refusal.error):
                 on_cache()
         else:
             on_cache()

@@ -90,7 +90,7 @@ def attend(
     mask = _as_scores_shape(mask, "mask", full)
     bias = _as_scores_shape(bias, "bias", full)
     if window is not None:
-        window = check_count(window, "window", 1)
+        window = min(check_count(window, "window", 1), 1 << 30)  # int32 arithmetic must not wrap
         if not causal:
             raise ValueError("window= counts back from a causal query; drop it or causal=False")
     if softcap is not None and not softcap > 0:

@@ -33,7 +33,10 @@ def as_array(x: Any) -> jax.Array:
         return x
     host = _on_host(x)
     # A copy: JAX may alias a NumPy array, and the caller may write to it before the device has read.
-    return jnp.asarray(np.array(host, dtype=jax.dtypes.canonicalize_dtype(host.dtype), copy=True))
+    # By NumPy and device_put, as jnp.array would compile a program for every new shape.
+    return jax.device_put(
+        np.array(host, dtype=jax.dtypes.canonicalize_dtype(host.dtype), copy=True)
+    )
 
 
 def _on_host(x: Any) -> np.ndarray:

@@ -115,7 +115,7 @@ def make_room(layer: Layer, tokens: int, places: Any, counts: Any) -> Layer:
             real = np.arange(tokens) < counts[:, None]
             places = np.broadcast_to(places, real.shape)
         need = int(np.max(places, initial=-1, where=real)) + 1
-        what = f"position {need - 1}"
+        what = f"tokens up to position {need - 1}"
     if need <= layer.capacity:
         return layer
     roomy = layer.with_room(need)

@@ -361,7 +361,8 @@ def select(state: CacheState, indices: ArrayLike, *, donate: bool = False) -> Ca
     Args:
         state: the cache.
         indices: int32 [B'], each in [0, B).
-        donate: eager calls only: the old state must not be used again.
+        donate: eager calls only: the old state must not be used again. Another number of rows takes
+            new buffers all the same.
 
     Raises:
         IndexError: for a concrete index out of range, negative ones included. A traced one is
@@ -378,7 +379,9 @@ def select(state: CacheState, indices: ArrayLike, *, donate: bool = False) -> Ca
         3
     """
     check_alive(state)
-    return _select(state, check_indices(indices, state.batch_size), donate=donate)
+    rows = check_indices(indices, state.batch_size)
+    # Another number of rows needs other buffers: there would be nothing to reuse.
+    return _select(state, rows, donate=donate and len(rows) == state.batch_size)
 
 
 def reorder(state: CacheState, beam_idx: ArrayLike, *, donate: bool = False) -> CacheState:

@@ -30,6 +30,7 @@ from lucid_jax.cache.checks import (
     is_traced,
 )
 from lucid_jax.cache.contiguous import Dynamic, Static
+from lucid_jax.cache.inputs import as_places
 from lucid_jax.cache.layer import Layer, LayerSpec
 
 
@@ -143,9 +144,15 @@ class KVCache(Cache):
                 f"key and value must have at least 2 axes (..., seq, head_dim), got {key.shape}"
             )
         inner = key.shape[1:-2] if key.ndim > 2 else None
+        shape = _as_4d(key).shape
+        places = as_places(cache_position, shape[0], shape[2])
+        if inner is None and places is not None and places.ndim == 2:
+            raise ValueError(
+                "a 2-D cache_position needs keys with a batch axis, (batch, ..., seq, head_dim); "
+                "these are (seq, head_dim)"
+            )
         layer = self._layer(index)
         if layer is None:
-            shape = _as_4d(key).shape
             if shape[2] == 0 and self.get_max_cache_shape() is None:
                 return
             fresh = core.init_cache(
@@ -158,17 +165,19 @@ class KVCache(Cache):
             )
             layer = fresh.layers[0]
         elif inner != self._inner[index]:
+            held = ", ".join(map(str, (*self._lead(layer, index), "seq", layer.key.shape[3])))
             raise ValueError(
-                f"layer {index} holds keys of shape {self._lead(layer, index)} + (seq, "
-                f"{layer.key.shape[3]}), got {key.shape}; reset() the cache to change shapes"
+                f"layer {index} holds keys of shape ({held}), got {key.shape}; "
+                "reset() the cache to change shapes"
             )
-        self._check_places(inner, cache_position)
+        else:
+            _check_sound(layer, index)
         state = core.update(
             core.CacheState((layer,)),
             _as_4d(key),
             _as_4d(value),
             0,
-            cache_position,
+            places,
             donate=True,
         )
         self._set(index, state.layers[0], inner)
@@ -183,6 +192,7 @@ class KVCache(Cache):
         layer = self._layer(self._check_layer_idx(layer_idx))
         if layer is None:
             return 0
+        check_alive(layer)
         return layer.length if is_traced(layer) else int(layer.length)
 
     def reset(self) -> None:
@@ -229,14 +239,12 @@ class KVCache(Cache):
     @property
     def key_cache(self) -> list[jax.Array | None]:
         """Stored keys per layer, None where nothing was written."""
-        pairs = [self.get(index) for index in range(len(self._layers))]
-        return [None if pair is None else pair[0] for pair in pairs]
+        return [None if pair is None else pair[0] for pair in self._pairs()]
 
     @property
     def value_cache(self) -> list[jax.Array | None]:
         """Stored values per layer, None where nothing was written."""
-        pairs = [self.get(index) for index in range(len(self._layers))]
-        return [None if pair is None else pair[1] for pair in pairs]
+        return [None if pair is None else pair[1] for pair in self._pairs()]
 
     # --- beyond the documented page: what jit-compiled code needs ---------------------------------
 
@@ -259,17 +267,26 @@ class KVCache(Cache):
         """Absolute positions of the layer's next `n` tokens, for RoPE; see `lucid_jax.positions`."""
         layer = self._layer(self._check_layer_idx(layer_idx))
         if layer is not None:
+            check_alive(layer)
             return core.positions(core.CacheState((layer,)), n, 0, cache_position)
         if cache_position is not None:
             return jnp.atleast_1d(jnp.asarray(as_integers(cache_position, "cache_position")))
         return jnp.arange(n, dtype=jnp.int32)
 
     def rollback(self, n: int | jax.Array) -> None:
-        """Drops the latest `n` tokens of every layer, as if they had never come."""
+        """Drops the latest `n` tokens of every layer, as if they had never come.
+
+        Raises:
+            ValueError: if `n` is negative or more than a layer stores.
+            TypeError: if it is not an integer.
+        """
         written = list(self._written())
+        drop = as_integers(n, "n")
+        if not written and not is_traced(drop) and np.any(drop < 0):
+            raise ValueError(f"rollback needs n of at least 0, got {n}")
         if written:
             layers = tuple(layer for _, layer in written)
-            rolled = core.rollback(core.CacheState(layers), n, donate=True)
+            rolled = core.rollback(core.CacheState(layers), drop, donate=True)
             for (index, _), layer in zip(written, rolled.layers, strict=True):
                 self._layers[index].set_value(layer)
 
@@ -284,6 +301,7 @@ class KVCache(Cache):
         layer = self._layer(index)
         if layer is None:
             raise ValueError(f"layer {index} holds nothing yet; update() it first")
+        _check_sound(layer, index)
         return index, layer
 
     def _written(self) -> Iterator[tuple[int, Layer]]:
@@ -291,6 +309,9 @@ class KVCache(Cache):
             layer = self._layer(index)
             if layer is not None:
                 yield index, layer
+
+    def _pairs(self) -> list[tuple[jax.Array, jax.Array] | None]:
+        return [self.get(index) for index in range(len(self._layers))]
 
     def _lead(self, layer: Layer, index: int) -> tuple[int, ...]:
         inner = self._inner[index]
@@ -311,9 +332,7 @@ class KVCache(Cache):
 
     def _read(self, index: int) -> tuple[jax.Array, jax.Array]:
         layer = self._existing(index)[1]
-        keys, values = stored_tokens(layer)
-        lead = self._lead(layer, index)
-        return keys.reshape(*lead, *keys.shape[2:]), values.reshape(*lead, *values.shape[2:])
+        return stored_tokens(layer, self._lead(layer, index))
 
     def _check_batched(self, what: str) -> None:
         for index, _ in self._written():
@@ -322,14 +341,6 @@ class KVCache(Cache):
                     f"{what} needs a batch axis, but layer {index} holds keys of shape "
                     "(seq, head_dim); store them as (batch, ..., seq, head_dim)"
                 )
-
-    @staticmethod
-    def _check_places(inner: tuple[int, ...] | None, cache_position: Any) -> None:
-        if inner is None and np.ndim(cache_position) == 2:
-            raise ValueError(
-                "a 2-D cache_position needs keys with a batch axis, (batch, ..., seq, head_dim); "
-                "these are (seq, head_dim)"
-            )
 
 
 class DynamicKVCache(KVCache):
@@ -409,6 +420,9 @@ class StaticKVCache(KVCache):
                 f"with num_layers={self.num_layers}"
             )
         return index
+
+    def _pairs(self) -> list[tuple[jax.Array, jax.Array] | None]:
+        return [self.get(index) for index in range(self.num_layers)]
 
     def get_max_cache_shape(self) -> int:
         """`max_cache_len`."""
@@ -502,29 +516,47 @@ class EncoderDecoderCache(Cache):
         return self.self_attention_cache, self.cross_attention_cache
 
 
-def stored_tokens(layer: Layer) -> tuple[jax.Array, jax.Array]:
-    """Exactly the stored keys and values of an aligned layer, (B, H, length, D).
+def stored_tokens(layer: Layer, lead: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """Exactly the stored keys and values of an aligned layer, `(*lead, length, D)`.
 
     Traced, the length is not known, so the whole capacity comes back, zero past the length. Eagerly
-    the cut is made on the host: XLA would compile a slice for every new length (73 ms each on CPU);
-    here a NumPy view of the buffer costs nothing and only the stored tokens are copied.
+    the cut is made on the host: XLA would compile a slice, or a reshape, for every new length (73 ms
+    each on CPU); here a NumPy view of the buffer costs nothing and only the stored tokens are copied.
     """
+
+    def shaped(x: Any) -> Any:
+        return x.reshape(*lead, *x.shape[2:])
+
     if is_traced(layer):
-        return core.get(core.CacheState((layer,)), 0)[:2]
-    check_alive(layer)
-    core.check_overflow(core.CacheState((layer,)))
+        keys, values, _ = core.get(core.CacheState((layer,)), 0)
+        return shaped(keys), shaped(values)
     length = int(layer.length)
 
     def cut(leaf: jax.Array) -> jax.Array:
         if not leaf.is_fully_addressable or len(leaf.devices()) > 1:
-            return layer.codec.decode(leaf[:, :, :length])  # sharded: stay on the devices
+            return shaped(layer.codec.decode(leaf[:, :, :length]))  # sharded: stay on the devices
         view = np.asarray(leaf)[:, :, :length].view(layer.dtype)
         # The buffer will be overwritten in place, so what the caller gets must be a copy. NumPy
         # makes it: device_put of a strided view takes 30 times as long.
-        return jax.device_put(np.array(view, order="C", copy=True), leaf.sharding)
+        copy = np.array(view, order="C", copy=True)
+        return jax.device_put(shaped(copy), *leaf.devices())
 
     keys, values = layer.in_order()
     return cut(keys), cut(values)
+
+
+def _check_sound(layer: Layer, index: int) -> None:
+    """Raises if the layer's buffers are gone, or a compiled step has lost tokens."""
+    if is_traced(layer):
+        return
+    check_alive(layer)
+    if np.any(layer.overflowed):
+        raise OverflowError(
+            f"layer {index}: a compiled step asked for more than the cache could do (length "
+            f"{int(layer.length)}, capacity {layer.capacity}); nothing was overwritten, but those "
+            "tokens are missing. reset() the cache, and give it more room (max_cache_len, "
+            "ensure_capacity) or check the positions and rows passed in"
+        )
 
 
 def _as_4d(x: jax.Array) -> jax.Array:
