@@ -45,9 +45,12 @@ def filled(count, *args, seed=0, batch=2, dtype=np.float32, **options):
 
 
 def snapshot(state):
-    """Everything a user can observe of a state, as NumPy arrays, layer by layer."""
+    """Everything a user can observe of a state, as NumPy arrays, layer by layer.
+
+    Copies: a view into a buffer would keep JAX from donating it, and so hide a donation too many.
+    """
     return [
-        [np.asarray(x) for x in (*lj.get(state, i), lj.seq_length(state, i), layer.position,
+        [np.array(x) for x in (*lj.get(state, i), lj.seq_length(state, i), layer.position,
                                  layer.overflowed)]
         for i, layer in enumerate(state.layers)
     ]  # fmt: skip

@@ -351,3 +351,13 @@ def test_no_queries_give_no_outputs(options):
     """A chunk of zero queries is as fine as an update of zero tokens."""
     state = lj.update(make(), *tokens(0, B, 4), 0)
     assert lj.attend(state, Q[:, :, :0], 0, **options).shape == (B, 2 * H, 0, DV)
+
+
+@pytest.mark.parametrize("width", [2**31 - 1, 2**31, 2**63])
+def test_a_window_wider_than_int32_is_no_window(width):
+    """Six queries over three tokens: their positions less the width must not wrap around."""
+    state = lj.update(make(), *tokens(0, B, 3), 0)
+    query = queries(0, B, 6)
+    np.testing.assert_array_equal(
+        lj.attend(state, query, 0, window=width), lj.attend(state, query, 0)
+    )

@@ -140,3 +140,11 @@ def test_randn_compiles_nothing_per_shape(compilations):
     for n in range(1, 6):
         lucid.randn(n, 3, n + 1)
     assert compilations() == before
+
+
+def test_tensor_compiles_nothing_per_shape(compilations):
+    """Bringing an array to the device is a transfer, not a program."""
+    before = compilations()
+    for n in range(1, 6):
+        lucid.Tensor(np.ones((n, 5, n + 2), np.float32))
+    assert compilations() == before

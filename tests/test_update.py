@@ -503,3 +503,37 @@ def test_selecting_another_number_of_rows_with_donate_does_not_warn():
     """Memory that cannot be reused is the library's business, not a warning."""
     state, *_ = filled(3)
     assert lj.select(state, [1, 0, 1], donate=True).batch_size == 3
+
+
+@pytest.mark.parametrize("wide", [2**32 + 1, -(2**32) + 1])
+def test_a_wide_traced_integer_is_not_cut_to_another_one(wide):
+    """Under x64, position 2**32 + 1 is out of range, not slot 1; the same for rollback."""
+    state, key, _ = filled(4)
+    new = tokens(1, B, 1)
+    with jax.enable_x64(True):
+        placed = jax.jit(lambda s, p: lj.update(s, *new, 0, p))(state, np.int64(wide))
+        dropped = jax.jit(lj.rollback)(state, np.int64(wide))
+    for after in (placed, dropped):
+        assert lj.overflowed(after).item() and lj.seq_length(after) == 4
+        np.testing.assert_array_equal(stored(after)[0], key[0])
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_duplicates_never_reach_the_scatter(ragged, monkeypatch):
+    """The order of duplicate writes is the backend's; CPU happens to let the last win by itself."""
+    from lucid_jax.cache import slots
+
+    targets = []
+    write_at = slots.write_at
+
+    def spy(leaf, new, target):
+        targets.append(np.asarray(target))
+        return write_at(leaf, new, target)
+
+    monkeypatch.setattr(slots, "write_at", spy)
+    make(ragged=ragged).layers[0].write(
+        *(jnp.asarray(x) for x in tokens(3, B, 6)), jnp.array([2, 0, 2, 1, 0, 2]), None
+    )
+    assert len(targets) == 2  # keys and values
+    for row in np.concatenate([np.atleast_2d(target) for target in targets]):
+        assert sorted(row[row < C]) == [0, 1, 2]

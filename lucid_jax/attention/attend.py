@@ -84,8 +84,8 @@ def attend(
     query = as_array(query)
     _check_query(layer, query)
     tokens = query.shape[2]
-    places = as_places(cache_position, layer.batch_size, tokens)
     counts = as_counts(lengths, layer, tokens)
+    places = as_places(cache_position, layer.batch_size, tokens, counts)
     full = (layer.batch_size, query.shape[1], tokens, layer.capacity)
     mask = _as_scores_shape(mask, "mask", full)
     bias = _as_scores_shape(bias, "bias", full)
@@ -95,6 +95,8 @@ def attend(
             raise ValueError("window= counts back from a causal query; drop it or causal=False")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be positive, got {softcap}; None turns it off")
+    if tokens == 0:
+        return jnp.zeros((*query.shape[:3], layer.value.shape[3]), query.dtype)
     run = _attend if is_traced(layer, query, places, counts, mask, bias) else _attend_jit
     return run(
         layer,
@@ -103,8 +105,8 @@ def attend(
         counts,
         mask,
         bias,
-        scale=1 / math.sqrt(query.shape[-1]) if scale is None else scale,
-        softcap=softcap,
+        scale=1 / math.sqrt(query.shape[-1]) if scale is None else float(scale),
+        softcap=None if softcap is None else float(softcap),
         window=window,
         causal=causal,
     )
@@ -216,7 +218,12 @@ def _check_query(layer: Layer, query: jax.Array) -> None:
             f"query must be (batch, heads, seq, head_dim), got shape {query.shape}; "
             "reshape it to four axes"
         )
-    if query.shape[0] != batch or query.shape[3] != dim or query.shape[1] % kv_heads:
+    if (
+        query.shape[0] != batch
+        or query.shape[3] != dim
+        or query.shape[1] % kv_heads
+        or not query.shape[1]
+    ):
         raise ValueError(
             f"query must be (batch={batch}, a multiple of {kv_heads} heads, seq, head_dim={dim}) "
             f"for this layer, got {query.shape}; check the axis order"

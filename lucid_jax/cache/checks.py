@@ -55,7 +55,7 @@ def as_integers(x: Any, name: str) -> jax.Array | np.ndarray:
         TypeError: if `x` is boolean, floating point or not numeric at all.
         ValueError: if a concrete value does not fit int32.
     """
-    array: Any = x if isinstance(x, jax.core.Tracer) else _on_host(x)
+    array: Any = jnp.asarray(x) if is_traced(x) else _on_host(x)
     if array.dtype == object or not np.issubdtype(array.dtype, np.integer):
         empty_list = array.size == 0 and isinstance(x, (list, tuple))
         if not empty_list:  # np.asarray([]) is float64, but holds nothing that is not an integer
@@ -67,6 +67,11 @@ def as_integers(x: Any, name: str) -> jax.Array | np.ndarray:
         bounds = np.iinfo(np.int32)
         if array.max() > bounds.max or array.min() < bounds.min:
             raise ValueError(f"{name} must fit int32, got values in [{array.min()}, {array.max()}]")
+    if is_traced(array) and array.dtype.itemsize >= 4 and array.dtype != np.int32:
+        # Too large a number must stay out of range, not be cut to another one that is in it.
+        bounds = np.iinfo(np.int32)
+        low = max(bounds.min, np.iinfo(array.dtype).min)
+        array = jnp.clip(array, np.array(low, array.dtype), np.array(bounds.max, array.dtype))
     return array.astype(np.int32)
 
 

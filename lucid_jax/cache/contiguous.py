@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from lucid_jax.cache import slots
+from lucid_jax.cache.checks import check_count
 from lucid_jax.cache.codec import Identity
 from lucid_jax.cache.layer import Layer
 
@@ -32,10 +33,8 @@ class Static:
     capacity: int
 
     def __post_init__(self) -> None:
-        if isinstance(self.capacity, bool) or not isinstance(self.capacity, int):
-            raise TypeError(f"Static(capacity) takes an int, got {self.capacity!r}")
-        if self.capacity < 1:
-            raise ValueError(f"Static(capacity) must be at least 1, got {self.capacity}")
+        capacity = check_count(self.capacity, "the capacity of Static(capacity)", 1)
+        object.__setattr__(self, "capacity", capacity)
 
     def init(self, **shape: Any) -> Contiguous:
         """See `LayerSpec.init`."""

@@ -42,22 +42,20 @@ def check_tokens(layer: Layer, key: jax.Array, value: jax.Array) -> None:
         )
 
 
-def as_places(cache_position: Any, batch_size: int, tokens: int) -> Any:
-    """Checks `cache_position` and returns it as None, int32 [T] or int32 [B, T]."""
+def as_places(cache_position: Any, batch_size: int, tokens: int, counts: Any = None) -> Any:
+    """Checks `cache_position` and returns it as None, int32 [T] or int32 [B, T].
+
+    Of places that `counts` calls padding only the number matters, not the value.
+    """
     if cache_position is None:
         return None
     places = as_integers(cache_position, "cache_position")
-    if isinstance(places, np.ndarray) and places.size and places.min() < 0:
-        raise ValueError(
-            f"cache_position must not be negative, got {places.min()}; "
-            "positions count from 0, the oldest stored token"
-        )
     if places.ndim == 0:
         if tokens != 1:
             raise ValueError(
                 f"a 0-D cache_position places one token, but {tokens} came; give one per token"
             )
-        return places.reshape(1)
+        places = places.reshape(1)
     if places.ndim == 1 and places.shape[0] != tokens:
         raise ValueError(
             f"a 1-D cache_position must have one entry per token: expected ({tokens},), "
@@ -70,7 +68,20 @@ def as_places(cache_position: Any, batch_size: int, tokens: int) -> Any:
         )
     if places.ndim > 2:
         raise ValueError(f"cache_position must have at most 2 axes, got shape {places.shape}")
+    if isinstance(places, np.ndarray) and (counts is None or isinstance(counts, np.ndarray)):
+        real = _real(places, tokens, counts)
+        lowest = np.min(np.broadcast_to(places, real.shape), initial=0, where=real)
+        if lowest < 0:
+            raise ValueError(
+                f"cache_position must not be negative, got {lowest}; "
+                "positions count from 0, the oldest stored token"
+            )
     return places
+
+
+def _real(places: np.ndarray, tokens: int, counts: np.ndarray | None) -> np.ndarray:
+    """Which places belong to real tokens: bool, of a shape that broadcasts with [B, T]."""
+    return np.ones(places.shape, bool) if counts is None else np.arange(tokens) < counts[:, None]
 
 
 def as_counts(lengths: Any, layer: Layer, tokens: int) -> Any:
@@ -110,10 +121,8 @@ def make_room(layer: Layer, tokens: int, places: Any, counts: Any) -> Layer:
         need = int(np.max(stored.astype(np.int64) + new))
         what = f"{int(stored.max())} stored + {int(np.max(new))} new tokens"
     else:
-        real = np.ones(places.shape, bool)
-        if counts is not None:
-            real = np.arange(tokens) < counts[:, None]
-            places = np.broadcast_to(places, real.shape)
+        real = _real(places, tokens, counts)
+        places = np.broadcast_to(places, real.shape)
         need = int(np.max(places, initial=-1, where=real)) + 1
         what = f"tokens up to position {need - 1}"
     if need <= layer.capacity:

@@ -184,8 +184,8 @@ def update(
     key, value = as_array(key), as_array(value)
     check_tokens(layer, key, value)
     tokens = key.shape[2]
-    places = as_places(cache_position, layer.batch_size, tokens)
     counts = as_counts(lengths, layer, tokens)
+    places = as_places(cache_position, layer.batch_size, tokens, counts)
     if tokens == 0:
         return state
     if is_traced(layer, key, value, places, counts):
@@ -232,7 +232,6 @@ def get(state: CacheState, layer_idx: int) -> tuple[jax.Array, jax.Array, jax.Ar
         ((1, 2, 4, 8), False)
     """
     layer = _layer(state, layer_idx)
-    check_alive(layer)
     return _read(layer) if is_traced(layer) else _read_jit(layer)
 
 
@@ -251,7 +250,9 @@ _read_jit = jax.jit(_read)
 
 
 def _layer(state: CacheState, layer_idx: int) -> Layer:
-    return state.layers[as_layer_index(layer_idx, state.num_layers)]
+    layer = state.layers[as_layer_index(layer_idx, state.num_layers)]
+    check_alive(layer)
+    return layer
 
 
 def valid(state: CacheState, layer_idx: int = 0) -> jax.Array:
@@ -305,6 +306,7 @@ def overflowed(state: CacheState) -> jax.Array:
 
     The flag is sticky until `reset`. What was asked for did not happen: no token was overwritten.
     """
+    check_alive(state)
     flags = jnp.stack([layer.overflowed for layer in state.layers])
     return jnp.any(flags, axis=0)
 
@@ -315,6 +317,7 @@ def check_overflow(state: CacheState) -> None:
     Raises:
         OverflowError: naming the rows and layers where a traced operation was refused.
     """
+    check_alive(state)
     for index, layer in enumerate(state.layers):
         flags = np.atleast_1d(np.asarray(layer.overflowed))
         if flags.any():

@@ -486,10 +486,10 @@ class EncoderDecoderCache(Cache):
 
     def batch_select_indices(self, indices: ArrayLike) -> None:
         """See `KVCache.batch_select_indices`; refused by both or done in both."""
-        sizes = [layer.batch_size for cache in self._parts() for _, layer in cache._written()]
-        rows = check_indices(indices, min(sizes, default=2**31))
         for cache in self._parts():
             cache._check_batched("batch_select_indices")
+        sizes = [layer.batch_size for cache in self._parts() for _, layer in cache._written()]
+        rows = check_indices(indices, min(sizes, default=2**31))
         for cache in self._parts():
             cache.batch_select_indices(rows)
 
@@ -550,7 +550,7 @@ def _check_sound(layer: Layer, index: int) -> None:
     if is_traced(layer):
         return
     check_alive(layer)
-    if np.any(layer.overflowed):
+    if np.asarray(layer.overflowed).any():
         raise OverflowError(
             f"layer {index}: a compiled step asked for more than the cache could do (length "
             f"{int(layer.length)}, capacity {layer.capacity}); nothing was overwritten, but those "

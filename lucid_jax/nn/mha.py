@@ -166,6 +166,10 @@ class MultiHeadAttention(nnx.Module):
         Raises:
           ValueError: if cross-attention has nothing to attend to, or an option does not apply.
         """
+        if lengths is not None and not isinstance(cache, core.CacheState):
+            raise ValueError("lengths= needs a ragged CacheState; drop it, or pass one as cache=")
+        if cache_position is not None and cache is None:
+            raise ValueError("cache_position= needs a cache; drop it, or pass positions= for RoPE")
         tokens = hidden.shape[1]
         query = self._split_heads(self.q_proj(hidden))
         new: tuple[jax.Array, jax.Array] | None = None

@@ -1,0 +1,532 @@
+"""`MultiHeadAttention`: without a cache a plain softmax, with any cache the same numbers."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import lucid_jax as lj
+import lucid_jax.nn as nn
+from lucid_jax.attention.dense import dot_product
+from tests.helpers import filled, make, queries, snapshot, tokens
+from tests.test_wrapper import assert_contents, contents
+
+B, T, WIDTH, HEAD = 2, 9, 16, 4
+HEADS = {"MHA": (4, 4), "GQA": (4, 2), "MQA": (4, 1)}
+SPLITS = [(9,), (1,) * 9, (5, 1, 3)]
+close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+
+
+def hidden(count=T, seed=0, batch=B, width=WIDTH):
+    """Random hidden states (B, T, width)."""
+    rng = np.random.default_rng(seed)
+    return jnp.asarray(rng.standard_normal((batch, count, width), np.float32))
+
+
+def build(num_heads=4, num_kv_heads=2, seed=0, **options):
+    """An attention module of width 16 with rotary positions."""
+    options = {"rope_theta": 100.0, **options}
+    return nn.MultiHeadAttention(WIDTH, num_heads, num_kv_heads, rngs=nnx.Rngs(seed), **options)
+
+
+def pure(attention, spec=None, **options):
+    """An empty pure cache that fits the module."""
+    return make(spec or lj.Static(16), batch=B, heads=attention.num_kv_heads,
+                dim=attention.head_dim, value_dim=attention.head_dim, **options)  # fmt: skip
+
+
+def chunks(split):
+    """Slices of the sizes given, one after the other."""
+    ends = np.cumsum(split).tolist()
+    return [slice(end - size, end) for end, size in zip(ends, split, strict=True)]
+
+
+def numpy_attention(attention, x, positions=None, source=None, window=None, softcap=None):
+    """The textbook computation in float64, head by head; causal unless `source` is given."""
+
+    def project(layer, y):
+        out = y @ np.float64(layer.kernel[...])
+        return out if layer.bias is None else out + np.float64(layer.bias[...])
+
+    def rotate(y):  # [T, D]
+        if attention.rope_theta is None or source is not None:
+            return y
+        half = attention.head_dim // 2
+        angle = np.outer(places, attention.rope_theta ** (-np.arange(half) / half))
+        z = (y[:, :half] + 1j * y[:, half:]) * np.exp(1j * angle)
+        return np.concatenate([z.real, z.imag], axis=1)
+
+    x = np.float64(x)
+    other = x if source is None else np.float64(source)
+    count, dim = x.shape[1], attention.head_dim
+    places = np.arange(count) if positions is None else positions
+    group = attention.num_heads // attention.num_kv_heads
+    outs = []
+    for row, other_row in zip(x, other, strict=True):
+        query, key, value = (
+            project(layer, y)
+            for layer, y in ((attention.q_proj, row), (attention.k_proj, other_row),
+                             (attention.v_proj, other_row))
+        )  # fmt: skip
+        heads = []
+        for n in range(attention.num_heads):
+            cut = slice(n // group * dim, (n // group + 1) * dim)
+            scores = rotate(query[:, n * dim : (n + 1) * dim]) @ rotate(key[:, cut]).T / dim**0.5
+            if softcap is not None:
+                scores = softcap * np.tanh(scores / softcap)
+            if source is None:
+                gap = np.arange(count)[:, None] - np.arange(count)
+                scores[(gap < 0) | (gap >= (window or count))] = -np.inf
+            weights = np.exp(scores - scores.max(1, keepdims=True))
+            heads.append(weights / weights.sum(1, keepdims=True) @ value[:, cut])
+        outs.append(project(attention.o_proj, np.concatenate(heads, axis=1)))
+    return np.stack(outs)
+
+
+# --- without a cache -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("heads", "options"),
+    [(HEADS["GQA"], {}), (HEADS["MHA"], {"use_bias": True}), (HEADS["MQA"], {"head_dim": 6}),
+     (HEADS["GQA"], {"rope_theta": None}), (HEADS["MQA"], {"window": 3, "softcap": 2.0})],
+    ids=str,
+)  # fmt: skip
+def test_no_cache_is_the_textbook_computation(heads, options):
+    """Causal softmax attention with grouped heads and rotary positions."""
+    attention = build(*heads, **options)
+    if options.get("use_bias"):
+        for layer in (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj):
+            layer.bias[...] = jnp.linspace(-1, 1, layer.bias.shape[0])
+    extra = {name: options[name] for name in ("window", "softcap") if name in options}
+    close(attention(hidden()), numpy_attention(attention, hidden(), **extra))
+
+
+def test_scale_replaces_the_default():
+    """1 / sqrt(head_dim) given by hand changes nothing, another scale does."""
+    want = build()(hidden())
+    close(build(scale=0.5)(hidden()), want)
+    assert not np.allclose(build(scale=1.0)(hidden()), want, atol=1e-3)
+
+
+def test_positions_may_be_given():
+    """They move the rotary positions, per row if 2-D; only differences matter."""
+    attention = build()
+    places = np.arange(T) * 2
+    want = numpy_attention(attention, hidden(), positions=places)
+    close(attention(hidden(), positions=jnp.asarray(places)), want)
+    shifted = jnp.stack([jnp.asarray(places), jnp.asarray(places) + 5])
+    close(attention(hidden(), positions=shifted), want)
+
+
+def test_no_cache_cross_attention_sees_every_key():
+    """Not causal, not rotated, from states of another width."""
+    attention = build(kv_hidden_size=12)
+    encoder = hidden(5, seed=1, width=12)
+    out = attention(hidden(3), encoder_hidden=encoder, is_cross_attention=True)
+    close(out, numpy_attention(attention, hidden(3), source=encoder))
+
+
+def test_a_mask_and_a_bias_act_on_the_scores():
+    """A hidden key has no influence; a bias of -1e9 hides as well."""
+    attention = build()
+    mask = jnp.ones((1, 1, T, T), bool).at[..., 2].set(False).at[:, :, 2, 2].set(True)
+    changed = hidden().at[:, 2].set(7.0)
+    rest = np.array([0, 1, 3, 4, 5, 6, 7, 8])
+    out = attention(hidden(), mask=mask)
+    close(attention(changed, mask=mask)[:, rest], out[:, rest])
+    assert not np.allclose(attention(changed)[:, 3:], attention(hidden())[:, 3:], atol=1e-3)
+    close(attention(hidden(), bias=jnp.where(mask, 0.0, -1e9)), out)
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 3, "softcap": 2.0}], ids=str)
+def test_gradients_are_finite(options):
+    """Also where a mask leaves a query nothing to see."""
+    attention = build(**options)
+    mask = jnp.ones((1, 1, T, T), bool).at[:, :, 0].set(False)
+
+    @nnx.grad
+    def gradients(attention):
+        return jnp.sum(attention(hidden(), mask=mask) ** 2)
+
+    leaves = jax.tree.leaves(gradients(attention))
+    assert len(leaves) == 4
+    for leaf in leaves:
+        assert bool(jnp.all(jnp.isfinite(leaf)))
+        assert bool(jnp.any(leaf != 0))
+
+
+def test_dtypes():
+    """Parameters in one dtype, the computation in another."""
+    attention = build(dtype=jnp.bfloat16)
+    assert attention.q_proj.kernel[...].dtype == jnp.float32
+    out = attention(hidden())
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_allclose(out.astype(jnp.float32), build()(hidden()), atol=0.1)
+
+
+# --- with a cache --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("split", SPLITS, ids=str)
+@pytest.mark.parametrize(
+    ("kind", "heads"),
+    [("pure", "MHA"), ("ragged", "GQA"), ("dynamic", "MQA"), ("static", "GQA")],
+)
+def test_cached_equals_uncached(kind, heads, split):
+    """For any chunking of the same tokens, whichever cache keeps them."""
+    attention = build(*HEADS[heads])
+    want = attention(hidden())
+    cache = {
+        "pure": lambda: pure(attention),
+        "ragged": lambda: pure(attention, ragged=True),
+        "dynamic": nn.DynamicKVCache,
+        "static": lambda: nn.StaticKVCache(T, 1),
+    }[kind]()
+    for chunk in chunks(split):
+        out = attention(hidden()[:, chunk], cache=cache)
+        if kind in ("pure", "ragged"):
+            out, cache = out
+        close(out, want[:, chunk])
+
+
+@pytest.mark.parametrize(
+    "options", [{"window": 3}, {"softcap": 2.0}, {"use_bias": True}, {"rope_theta": None},
+                {"scale": 0.3}], ids=str
+)  # fmt: skip
+def test_cached_equals_uncached_with_options(options):
+    """The module's own options reach the cache's attention too."""
+    attention = build(**options)
+    want = attention(hidden())
+    state, cache = pure(attention), nn.StaticKVCache(16, 1)
+    for chunk in chunks((5, 1, 3)):
+        out, state = attention(hidden()[:, chunk], cache=state)
+        close(out, want[:, chunk])
+        close(attention(hidden()[:, chunk], cache=cache), want[:, chunk])
+
+
+def test_ragged_rows_equal_each_row_alone():
+    """Right-padded chunks with `lengths`: padding leaves no trace, and rows may sit out."""
+    attention = build()
+    state = pure(attention, ragged=True)
+    plan = [(4, [4, 2]), (4, [1, 3]), (2, [2, 0]), (2, [2, 2])]
+    done, outs, sources = np.zeros(B, int), [[], []], [hidden(seed=1)[0], hidden(seed=2)[1]]
+    for count, lengths in plan:
+        chunk = np.full((B, count, WIDTH), 9.0, np.float32)
+        for b, n in enumerate(lengths):
+            chunk[b, :n] = sources[b][done[b] : done[b] + n]
+        out, state = attention(jnp.asarray(chunk), cache=state, lengths=jnp.array(lengths))
+        for b, n in enumerate(lengths):
+            outs[b].append(out[b, :n])
+        done += lengths
+    assert lj.seq_length(state).tolist() == done.tolist() == [9, 7]
+    for b in range(B):
+        close(np.concatenate(outs[b]), attention(sources[b][None, : done[b]])[0])
+
+
+@pytest.mark.parametrize("split", SPLITS, ids=str)
+def test_cached_equals_uncached_inside_jit(split):
+    """The module and a stateful cache in one compiled step."""
+    attention, cache = build(), nn.StaticKVCache(T, 1)
+    want = attention(hidden())
+
+    @nnx.jit
+    def step(attention, cache, x):
+        return attention(x, cache=cache)
+
+    for chunk in chunks(split):
+        close(step(attention, cache, hidden()[:, chunk]), want[:, chunk])
+    assert cache.get_seq_length() == T
+
+
+def test_a_scan_over_a_pure_cache():
+    """The state is a loop carry; the module is closed over."""
+    attention = build()
+
+    @jax.jit
+    def decode(state, x):
+        def body(state, one):
+            out, state = attention(one[:, None], cache=state)
+            return state, out[:, 0]
+
+        return jax.lax.scan(body, state, x.swapaxes(0, 1))[1].swapaxes(0, 1)
+
+    close(decode(pure(attention), hidden()), attention(hidden()))
+
+
+def test_a_pure_cache_is_not_changed():
+    """What comes back is new; the old state can go another way."""
+    attention = build()
+    state = pure(attention)
+    first, left = attention(hidden(3), cache=state)
+    again, _ = attention(hidden(3), cache=state)
+    np.testing.assert_array_equal(first, again)
+    assert int(lj.seq_length(state)) == 0
+    assert int(lj.seq_length(left)) == 3
+
+
+def test_layers_are_separate():
+    """Layer 1 holds its own tokens."""
+    attention, cache = build(), nn.DynamicKVCache()
+    attention(hidden(4), cache=cache, layer_idx=0)
+    close(attention(hidden(), cache=cache, layer_idx=1), attention(hidden()))
+    assert [cache.get_seq_length(i) for i in range(2)] == [4, T]
+
+
+@pytest.mark.parametrize("kind", ["pure", "stateful"])
+def test_rotary_positions_survive_rollback(kind):
+    """Drafts rolled back: as if they had never been."""
+    attention = build()
+    want = attention(hidden())
+    cache = pure(attention) if kind == "pure" else nn.DynamicKVCache()
+
+    def step(x):
+        nonlocal cache
+        out = attention(x, cache=cache)
+        if kind == "pure":
+            out, cache = out
+        return out
+
+    step(hidden()[:, :4])
+    step(hidden(3, seed=8))
+    if kind == "pure":
+        cache = lj.rollback(cache, 3)
+    else:
+        cache.rollback(3)
+    close(step(hidden()[:, 4:]), want[:, 4:])
+
+
+@pytest.mark.parametrize("kind", ["pure", "stateful"])
+def test_rotary_positions_continue_after_a_crop(kind):
+    """A cache cropped to the last `w - 1` before each token is a window of w over the whole."""
+    window = 4
+    want = build(window=window)(hidden())
+    attention = build()
+    cache = pure(attention) if kind == "pure" else nn.StaticKVCache(window, 1)
+    for i in range(T):
+        if kind == "pure":
+            out, cache = attention(hidden()[:, i : i + 1], cache=lj.crop(cache, window - 1))
+        else:
+            cache.crop(window - 1)
+            out = attention(hidden()[:, i : i + 1], cache=cache)
+        close(out, want[:, i : i + 1])
+
+
+@pytest.mark.parametrize("kind", ["pure", "stateful"])
+def test_tokens_written_by_place(kind):
+    """`cache_position` rewrites a token: as if it had been that one from the start."""
+    attention = build()
+    wrong = hidden().at[:, 2:4].set(5.0)
+    places = jnp.array([2, 3])
+    cache = pure(attention) if kind == "pure" else nn.DynamicKVCache()
+    out = attention(wrong[:, :5], cache=cache)
+    cache = out[1] if kind == "pure" else cache
+    out = attention(hidden()[:, 2:4], cache=cache, cache_position=places)
+    out, cache = out if kind == "pure" else (out, cache)
+    close(out, attention(hidden())[:, 2:4])
+    out = attention(hidden()[:, 5:], cache=cache)
+    out = out[0] if kind == "pure" else out
+    close(out, attention(hidden())[:, 5:])
+
+
+def test_the_first_tokens_may_be_written_by_place():
+    """Into a stateful cache that has no layer yet."""
+    attention, cache = build(), nn.DynamicKVCache()
+    out = attention(hidden(3), cache=cache, cache_position=[0, 1, 2])
+    close(out, attention(hidden(3)))
+    cache = nn.DynamicKVCache()
+    close(attention(hidden(1), cache=cache, cache_position=0), attention(hidden(1)))
+
+
+def test_mask_and_bias_with_a_cache():
+    """Their last axis counts the capacity, oldest token first."""
+    attention = build()
+    mask = jnp.ones((1, 1, 3, 16), bool).at[..., 1].set(False)
+    want = attention(hidden(6), mask=jnp.ones((1, 1, 6, 6), bool).at[:, :, 3:, 1].set(False))[:, 3:]
+    for name, x in (("mask", mask), ("bias", jnp.where(mask, 0.0, -1e9))):
+        _, state = attention(hidden(6)[:, :3], cache=pure(attention))
+        out, _ = attention(hidden(6)[:, 3:], cache=state, **{name: x})
+        close(out, want)
+        cache = nn.StaticKVCache(16, 1)
+        attention(hidden(6)[:, :3], cache=cache)
+        close(attention(hidden(6)[:, 3:], cache=cache, **{name: x}), want)
+
+
+# --- cross-attention -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["pure", "ragged", "dynamic", "static"])
+def test_cross_attention_with_any_cache(kind):
+    """Stored on the first call, left out afterwards; neither causal nor windowed nor rotated."""
+    attention = build(kv_hidden_size=12, window=2)
+    encoder = hidden(5, seed=1, width=12)
+    want = attention(hidden(4), encoder_hidden=encoder, is_cross_attention=True)
+    close(want, numpy_attention(attention, hidden(4), source=encoder))
+    cache = {
+        "pure": lambda: pure(attention),
+        "ragged": lambda: pure(attention, ragged=True),
+        "dynamic": nn.DynamicKVCache,
+        "static": lambda: nn.StaticKVCache(8, 1),
+    }[kind]()
+    for i in range(4):
+        out = attention(hidden(4)[:, i : i + 1], cache=cache, is_cross_attention=True,
+                        encoder_hidden=encoder if i == 0 else None)  # fmt: skip
+        if kind in ("pure", "ragged"):
+            out, cache = out
+        close(out, want[:, i : i + 1])
+
+
+def test_cross_attention_to_encoders_of_unequal_length():
+    """A ragged pure cache, filled with `lengths`, hides the padding from every query."""
+    attention = build()
+    encoder = hidden(5, seed=1)
+    out, state = attention(hidden(3), cache=pure(attention, ragged=True), encoder_hidden=encoder,
+                           is_cross_attention=True, lengths=jnp.array([5, 2]))  # fmt: skip
+    for b, count in enumerate((5, 2)):
+        want = attention(hidden(3)[b : b + 1], encoder_hidden=encoder[b : b + 1, :count],
+                         is_cross_attention=True)  # fmt: skip
+        close(out[b : b + 1], want)
+    assert lj.seq_length(state).tolist() == [5, 2]
+
+
+# --- errors --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sizes", "match"),
+    [
+        ({"num_heads": 3}, "num_heads"),
+        ({"num_heads": 4, "num_kv_heads": 3}, "multiple"),
+        ({"num_heads": 0}, "num_heads"),
+        ({"num_heads": 4, "num_kv_heads": 0}, "num_kv_heads"),
+        ({"num_heads": 4, "head_dim": 0}, "head_dim"),
+        ({"num_heads": 4, "head_dim": 3, "rope_theta": 10.0}, "even"),
+    ],
+)
+def test_sizes_that_do_not_divide(sizes, match):
+    """Said when the module is made."""
+    with pytest.raises(ValueError, match=match):
+        nn.MultiHeadAttention(WIDTH, rngs=nnx.Rngs(0), **sizes)
+
+
+def test_a_cache_of_another_type():
+    """A list of arrays is not a cache."""
+    with pytest.raises(TypeError, match="cache must be"):
+        build()(hidden(), cache=[jnp.ones(1)])
+
+
+def test_encoder_states_without_cross_attention():
+    """Half a request: refused before anything is stored."""
+    cache = nn.DynamicKVCache()
+    with pytest.raises(ValueError, match="is_cross_attention"):
+        build()(hidden(), cache=cache, encoder_hidden=hidden())
+    assert cache.get(0) is None
+
+
+def test_cross_attention_needs_something_to_attend_to():
+    """Neither a cache nor encoder states."""
+    with pytest.raises(ValueError, match="encoder_hidden"):
+        build()(hidden(), is_cross_attention=True)
+
+
+@pytest.mark.parametrize("name", ["lengths", "cache_position"])
+def test_options_of_a_cache_need_one(name):
+    """Without a cache they would be ignored in silence."""
+    with pytest.raises(ValueError, match=name):
+        build()(hidden(), **{name: jnp.arange(B if name == "lengths" else T)})
+
+
+BAD_OPTIONS = {
+    "lengths": (ValueError, {"lengths": jnp.array([1, 1])}),
+    "position": (TypeError, {"cache_position": 0.5}),
+    "layer": (ValueError, {"layer_idx": -1}),
+    "rope positions": (ValueError, {"positions": jnp.arange(3)}),
+}
+
+
+@pytest.mark.parametrize("name", BAD_OPTIONS)
+@pytest.mark.parametrize("written", [False, True], ids=["empty", "written"])
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_an_error_leaves_a_stateful_cache_as_it_was(kind, written, name):
+    """Nothing is stored by a call that then refuses to attend."""
+    error, options = BAD_OPTIONS[name]
+    attention = build()
+    cache = nn.DynamicKVCache() if kind == "dynamic" else nn.StaticKVCache(16, 1)
+    if written:
+        attention(hidden(3), cache=cache)
+    before = contents(cache)
+    with pytest.raises(error):
+        attention(hidden(1), cache=cache, **options)
+    assert_contents(cache, before)
+
+
+def test_an_error_leaves_a_pure_cache_as_it_was():
+    """It is immutable and stays usable."""
+    attention = build()
+    _, state = attention(hidden(3), cache=pure(attention))
+    before = snapshot(state)
+    with pytest.raises(ValueError, match="mask"):
+        attention(hidden(1), cache=state, mask=jnp.ones((1, 1, 1, 5), bool))
+    for x, y in zip(before[0], snapshot(state)[0], strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+# --- dot_product ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"causal": False}, {"window": 2}, {"scale": 0.3}, {"softcap": 1.5},
+     {"window": 3, "softcap": 0.7, "scale": 2.0}],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("count", [1, 3, 7])
+def test_dot_product_agrees_with_attend(options, count):
+    """Over plain arrays as over a cache that holds them, values of another width included."""
+    state, key, value = filled(7)
+    query = queries(0, B, count)
+    got = dot_product(jnp.asarray(query), jnp.asarray(key), jnp.asarray(value), **options)
+    close(got, lj.attend(state, query, 0, **options))
+
+
+def test_dot_product_mask_and_bias():
+    """Per head and per row; a query that sees nothing gives zeros in both."""
+    state, key, value = filled(8)
+    query = jnp.asarray(queries(0, B, 3))
+    rng = np.random.default_rng(3)
+    mask = jnp.asarray(rng.random((B, 4, 3, 8)) < 0.5).at[0, 0, 0].set(False)
+    bias = jnp.asarray(rng.standard_normal((1, 4, 1, 8)).astype(np.float32))
+    got = dot_product(query, jnp.asarray(key), jnp.asarray(value), mask=mask, bias=bias)
+    close(got, lj.attend(state, query, 0, mask=mask, bias=bias))
+    np.testing.assert_array_equal(got[0, 0, 0], 0)
+
+
+def test_dot_product_takes_positions():
+    """Causality is by position, not by index, per row if 2-D."""
+    key, value = (jnp.asarray(x) for x in tokens(0, B, 4))
+    query = jnp.asarray(queries(0, B, 2))
+    got = dot_product(
+        query, key, value,
+        query_positions=jnp.array([[3, 1], [0, 3]]), key_positions=jnp.array([3, 2, 1, 0]),
+    )  # fmt: skip
+    for b, places in enumerate([[3, 1], [0, 3]]):
+        for t, place in enumerate(places):
+            want = dot_product(
+                query[b : b + 1, :, t : t + 1], key[b : b + 1, :, 3 - place :],
+                value[b : b + 1, :, 3 - place :], causal=False,
+            )  # fmt: skip
+            close(got[b, :, t], want[0, :, 0])
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_dot_product_accumulates_in_float32(dtype):
+    """The result is the rounded float32 one, in the query's dtype."""
+    key, value = tokens(0, B, 64, value_dim=4)
+    arrays = [jnp.asarray(x).astype(dtype) for x in (queries(0, B, 2), key, value)]
+    got = dot_product(*arrays)
+    want = dot_product(*(x.astype(jnp.float32) for x in arrays))
+    assert got.dtype == dtype
+    np.testing.assert_allclose(got.astype(jnp.float32), want, atol=0.02)
