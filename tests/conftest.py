@@ -18,7 +18,7 @@ _FAST = (hypothesis.Phase.explicit, hypothesis.Phase.generate)
 hypothesis.settings.register_profile(
     "default", max_examples=20, derandomize=True, phases=_FAST, **_COMMON
 )
-hypothesis.settings.register_profile("thorough", max_examples=400, **_COMMON)
+hypothesis.settings.register_profile("thorough", max_examples=80, **_COMMON)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 _compilations = 0

@@ -13,8 +13,7 @@ from tests.helpers import D, H, assert_same, make, poison, queries, snapshot, st
 
 LAYOUTS = {  # a spec of a given capacity, and the dtype stored
     "static": (lj.Static, jnp.float32),
-    "dynamic": (lambda capacity: lj.Dynamic(), jnp.float32),
-    "static-bfloat16": (lj.Static, jnp.bfloat16),
+    "dynamic-bfloat16": (lambda capacity: lj.Dynamic(), jnp.bfloat16),
 }
 
 B = 2

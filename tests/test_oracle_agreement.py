@@ -146,7 +146,7 @@ def _update(pair, draw, seed):
         if places is not None:
             places = np.maximum(places, 0)
     pair.call("update", key, value, places, lengths, layer=layer)
-    if pair.layout == "dynamic" and places is not None:
+    if pair.layout == "dynamic" and (places is not None or count > 1):
         return  # attention reads a dynamic layer as it reads a static one; save the programs
     legal = (lengths is None or (lengths <= count).all()) and (places is None or places.min() >= 0)
     if legal and draw(st.integers(0, 2)) == 0:

@@ -838,7 +838,7 @@ def _step(cache, model, operation, number):
 
 
 @pytest.mark.parametrize("kind", SIZES)
-@given(operations=st.lists(st.one_of(append, place, other), min_size=8, max_size=16))
+@given(operations=st.lists(st.one_of(append, place, other), min_size=8, max_size=14))
 def test_random_operations_agree_with_the_model(kind, operations):
     """Every operation does what the list model does, or is refused where that refuses."""
     cache = nn.DynamicKVCache() if kind == "dynamic" else nn.StaticKVCache(SIZES[kind], LAYERS)

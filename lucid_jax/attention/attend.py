@@ -138,7 +138,8 @@ def _attend(
     rows = (query.astype(wide) * scale).reshape(batch, kv_heads, groups * tokens, dim)
 
     def body(carry: _Carry) -> _Carry:
-        low, top, total, acc = carry
+        turn, top, total, acc = carry
+        low = start + turn * size
         begin = jnp.minimum(low, layer.capacity - size)  # the last block may overlap the one before
         key, value = layer.block(begin, size)
         stored = layer.slot_positions(begin, size)
@@ -174,14 +175,17 @@ def _attend(
         value = jnp.where(live.reshape(-1, 1, size, 1), value, jnp.zeros((), value.dtype))
         update = jnp.einsum("bhrs,bhsd->bhrd", weights, value.astype(wide))
         total = total * decay + jnp.sum(weights, axis=-1)
-        return low + size, new_top, total, acc * decay[..., None] + update
+        return turn + 1, new_top, total, acc * decay[..., None] + update
 
+    # Counted in ones: XLA gets the trip count of a constant loop wrong if the step does not divide
+    # its range, and then drops turns (openxla/xla#48454).
+    turns = -(-(stop - start) // size)
     shape = (batch, kv_heads, groups * tokens)
     _, _, total, acc = lax.while_loop(
-        lambda carry: carry[0] < stop,
+        lambda carry: carry[0] < turns,
         body,
         (
-            start,
+            jnp.int32(0),
             jnp.full(shape, -jnp.inf, wide),
             jnp.zeros(shape, wide),
             jnp.zeros((*shape, value_dim), wide),

@@ -157,18 +157,16 @@ class Contiguous(Layer):
         slot = slots.span(jnp.broadcast_to(begin, self.length.shape), size)
         return jnp.where(slot < self.length[..., None], slot + self.offset[..., None], -1)
 
+    @property
+    def can_grow(self) -> bool:
+        """See `Layer.can_grow`."""
+        return self.growable
+
     def with_room(self, need: int) -> Self | None:
         """See `Layer.with_room`. Capacities are powers of two."""
         if not self.growable:
             return None
-        added = grown_capacity(need) - self.capacity
-        widen = ((0, 0, 0), (0, 0, 0), (0, added, 0), (0, 0, 0))
-        pad = lambda leaf: jax.lax.pad(leaf, jnp.zeros((), leaf.dtype), widen)  # noqa: E731
-        # Counters are copied too: the roomy layer may be donated while this one lives on.
-        counters = {
-            name: jnp.copy(getattr(self, name)) for name in ("length", "position", "overflowed")
-        }
-        return self.replace(key=pad(self.key), value=pad(self.value), **counters)
+        return _widened(self, grown_capacity(need) - self.capacity)
 
 
 def grown_capacity(need: int) -> int:
@@ -179,6 +177,17 @@ def grown_capacity(need: int) -> int:
         (64, 128, 128)
     """
     return max(MIN_DYNAMIC_CAPACITY, 1 << (need - 1).bit_length())
+
+
+@partial(jax.jit, static_argnums=1)
+def _widened(layer: Contiguous, added: int) -> Contiguous:
+    """`added` more slots. Counters are copied: the result may be donated while `layer` lives on."""
+    widen = ((0, 0, 0), (0, 0, 0), (0, added, 0), (0, 0, 0))
+    pad = lambda leaf: jax.lax.pad(leaf, jnp.zeros((), leaf.dtype), widen)  # noqa: E731
+    counters = {
+        name: jnp.copy(getattr(layer, name)) for name in ("length", "position", "overflowed")
+    }
+    return layer.replace(key=pad(layer.key), value=pad(layer.value), **counters)
 
 
 @partial(

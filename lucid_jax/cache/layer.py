@@ -114,6 +114,11 @@ class Layer(abc.ABC):
     def slot_positions(self, begin: jax.Array, size: int) -> jax.Array:
         """Absolute positions of slots [begin, begin + size), int32 [size] or [B, size]; -1 if dead."""
 
+    @property
+    def can_grow(self) -> bool:
+        """Whether `with_room` can make room."""
+        return False
+
     def with_room(self, need: int) -> Self | None:
         """A copy with at least `need` slots, made on the host; None where the layout cannot grow."""
         return None

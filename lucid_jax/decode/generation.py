@@ -28,7 +28,13 @@ MIN_CHUNK = 16
 
 
 class LanguageModel(Protocol):
-    """What `generate` asks of a model: an nnx module with these methods."""
+    """What `generate` asks of a model: an nnx module with these methods.
+
+    Attributes:
+        config: has `vocab_size`.
+    """
+
+    config: Any
 
     def hidden(self, tokens: jax.Array, cache: Any = None, *, lengths: Any = None) -> Any:
         """Tokens (B, T) to hidden states (B, T, E) and the cache."""
@@ -378,7 +384,7 @@ def _out_size(max_new_tokens: int) -> int:
 
 def _check_room(state: core.CacheState, need: int) -> None:
     for layer in state.layers:
-        if need > layer.capacity and layer.with_room(need) is None:
+        if need > layer.capacity and not layer.can_grow:
             raise ValueError(
                 f"they need {need} slots, but the capacity is {layer.capacity}; "
                 "shorten the prompt, lower max_new_tokens, or give the cache more capacity"
