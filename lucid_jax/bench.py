@@ -1,6 +1,6 @@
 """`lucid-jax bench`: each operation against the naive way of doing it, side by side in one run.
 
-A row times both in turns, a few steps each, so that whatever else the machine does falls on both, and
+A row times both in turns, a burst of steps each, so that whatever else the machine does falls on both, and
 compares medians. Milliseconds are this machine's; the ratios are what carries over.
 """
 
@@ -54,7 +54,7 @@ def run_bench(*, as_json: bool = False, quick: bool = False) -> list[Row]:
         as_json: print one JSON object with the environment and the rows.
         quick: smaller sizes and fewer repeats: shows that it runs, not how fast.
     """
-    repeats = 2 if quick else 8
+    repeats = 1 if quick else 4
     groups = (_append, _step, _reorder, _crop, _eager, _generation)
     rows: list[Row] = []
     # Where nobody's terminal sets the width, let no cell be cut.
@@ -86,7 +86,7 @@ def run_bench(*, as_json: bool = False, quick: bool = False) -> list[Row]:
     return rows
 
 
-def _medians(repeats: int, *runs: Callable[[], Any], burst: int = 5) -> list[float]:
+def _medians(repeats: int, *runs: Callable[[], Any], burst: int = 20) -> list[float]:
     """Median milliseconds of each run, taken in turns after one unmeasured round.
 
     A turn is a burst of steps, the first unmeasured: a decode loop runs one thing after itself, and
