@@ -87,7 +87,7 @@ def test_a_tracer_is_a_tensor():
         (OnlyDLPack(np.ones(2, np.float32)), "float32"),
         (jnp.ones(2, jnp.bfloat16), "bfloat16"),
     ],
-    ids=str,
+    ids=lambda x: x if isinstance(x, str) else type(x).__name__,
 )
 def test_tensor_takes_anything_array_like(data, dtype):
     """Without dtype= the data's own is kept, 64-bit ones narrowed."""
