@@ -1,7 +1,7 @@
 """`lucid-jax bench`: each operation against the naive way of doing it, side by side in one run.
 
-A row times both in turns, a burst of steps each, so that whatever else the machine does falls on both, and
-compares medians. Milliseconds are this machine's; the ratios are what carries over.
+A row times both in turns, a burst of steps each, so that whatever else the machine does falls on
+both, and compares medians. Milliseconds are this machine's; the ratios are what carries over.
 """
 
 from __future__ import annotations
