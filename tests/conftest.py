@@ -21,7 +21,7 @@ _FAST = (hypothesis.Phase.explicit, hypothesis.Phase.generate)
 hypothesis.settings.register_profile(
     "default", max_examples=20, derandomize=True, phases=_FAST, **_COMMON
 )
-hypothesis.settings.register_profile("thorough", max_examples=40, **_COMMON)
+hypothesis.settings.register_profile("thorough", max_examples=200, derandomize=True, **_COMMON)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 _compilations = 0
