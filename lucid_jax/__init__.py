@@ -5,11 +5,14 @@ The functional API is here (`init_cache`, `update`, `attend`, ...), stateful cac
 """
 
 from lucid_jax import nn
-from lucid_jax.attention.attend import attend
+from lucid_jax.attention.attend import attend, extend, merge
+from lucid_jax.cache import codec as codecs
 from lucid_jax.cache.contiguous import Dynamic, Static
 from lucid_jax.cache.layer import Layer, LayerSpec
+from lucid_jax.cache.ring import Sliding
 from lucid_jax.cache.state import (
     CacheState,
+    Shared,
     capacity,
     check_overflow,
     crop,
@@ -63,18 +66,23 @@ __all__ = [
     "Layer",
     "LayerSpec",
     "Sampling",
+    "Shared",
+    "Sliding",
     "Static",
     "Tensor",
     "attend",
     "capacity",
     "check_overflow",
+    "codecs",
     "crop",
     "ensure_capacity",
+    "extend",
     "generate",
     "get",
     "grow",
     "init_cache",
     "manual_seed",
+    "merge",
     "nbytes",
     "nn",
     "overflowed",

@@ -74,19 +74,26 @@ def stored(state, layer_idx=0, row=0):
 def poison(state):
     """The state with every slot that is not live filled with NaN (all bits set, if bits)."""
 
-    def spoil(layer):
-        dead = layer.slot_positions(jnp.int32(0), layer.capacity) < 0
+    def spoil(tree, part):
+        dead = part.positions(jnp.int32(0), part.size) < 0
 
         def fill(leaf):
             bad = jnp.array(
                 jnp.nan if jnp.issubdtype(leaf.dtype, jnp.floating) else jnp.iinfo(leaf.dtype).max,
                 leaf.dtype,
             )
-            shape = (-1, 1, dead.shape[-1], *(1,) * (leaf.ndim - 3))
-            return jnp.where(dead.reshape(shape), bad, leaf)
+            # What several tokens share is dead when all of them are.
+            entries = leaf.shape[2]
+            dead_ = dead.reshape(*dead.shape[:-1], entries, -1).all(axis=-1)
+            shape = (-1, 1, entries, *(1,) * (leaf.ndim - 3))
+            return jnp.where(dead_.reshape(shape), bad, leaf)
 
-        return layer.replace(
-            key=jax.tree.map(fill, layer.key), value=jax.tree.map(fill, layer.value)
-        )
+        return jax.tree.map(fill, tree)
 
-    return state.replace(layers=tuple(spoil(layer) for layer in state.layers))
+    def spoil_layer(layer):
+        packed, *raw = layer.parts()
+        key, value = spoil((layer.key, layer.value), packed)
+        recent = spoil(layer.recent, raw[0]) if raw else None
+        return layer.replace(key=key, value=value, recent=recent)
+
+    return state.with_layers(spoil_layer(layer) for layer in state.layers)

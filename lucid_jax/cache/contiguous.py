@@ -1,4 +1,4 @@
-"""The contiguous layout: token i of a row lives in slot i. Specs `Static` and `Dynamic`.
+"""The contiguous layout: a row's tokens lie in a row of slots. Specs `Static` and `Dynamic`.
 
 Both are the same state; a dynamic one may also be given more slots by the host, between calls, in
 powers of two, so that decoding T tokens compiles O(log T) shapes.
@@ -13,11 +13,13 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax import lax
 
 from lucid_jax.cache import slots
 from lucid_jax.cache.checks import check_count
-from lucid_jax.cache.codec import Identity
-from lucid_jax.cache.layer import Layer
+from lucid_jax.cache.codec import Codec, Identity
+from lucid_jax.cache.layer import Chunk, Layer, blank
+from lucid_jax.cache.part import Region
 
 MIN_DYNAMIC_CAPACITY = 64
 
@@ -27,10 +29,16 @@ class Static:
     """A fixed number of slots: `Static(2048)` holds 2048 tokens and refuses the next.
 
     Attributes:
-        capacity: slots per row, at least 1.
+        capacity: tokens a row can hold, at least 1.
+        codec: how they are stored.
+        track: keep each token's position beside it, from the start. `compact` needs that and adds it;
+            a loop that compacts in its body must carry it from the beginning.
     """
 
     capacity: int
+    codec: Codec = Identity()
+    track: bool = False
+    growable = False
 
     def __post_init__(self) -> None:
         capacity = check_count(self.capacity, "the capacity of Static(capacity)", 1)
@@ -38,7 +46,7 @@ class Static:
 
     def init(self, **shape: Any) -> Contiguous:
         """See `LayerSpec.init`."""
-        return _empty(capacity=self.capacity, growable=False, **shape)
+        return _empty(self, self.capacity, **shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,40 +55,102 @@ class Dynamic:
 
     Inside `jit` the capacity is what the state came with: call `ensure_capacity` before a
     compiled chunk of steps.
+
+    Attributes:
+        codec: how tokens are stored.
+        track: as for `Static`.
     """
+
+    codec: Codec = Identity()
+    track: bool = False
+    growable = True
 
     def init(self, **shape: Any) -> Contiguous:
         """See `LayerSpec.init`."""
-        return _empty(capacity=MIN_DYNAMIC_CAPACITY, growable=True, **shape)
+        return _empty(self, MIN_DYNAMIC_CAPACITY, **shape)
+
+
+@struct.dataclass
+class Places:
+    """Where the tokens of a layer come from, when eviction has left gaps between them."""
+
+    position: jax.Array  # int32 (B, H, C): absolute position of the token in each slot
+    floor: jax.Array  # int32 [] or [B]: position at the latest eviction; no rollback goes below
 
 
 @struct.dataclass(repr=False)
 class Contiguous(Layer):
-    """Token i in slot i: slots `[0, length)` are live."""
+    """The oldest token in slot 0, or in the first group's slots; the others follow it.
 
-    growable: bool = struct.field(pytree_node=False)
+    A codec that quantizes groups of tokens wants them to start at multiples of their size. So the
+    oldest token, of absolute position `start`, then lives in slot `start % group`.
+    """
 
-    def append(self, key: jax.Array, value: jax.Array, counts: jax.Array | None) -> Self:
-        """See `Layer.append`. One `dynamic_update_slice` per leaf."""
-        tokens = key.shape[2]
-        count = jnp.full_like(self.length, tokens) if counts is None else counts
-        ok = (count >= 0) & (count <= tokens) & (self.length + count <= self.capacity)
-        size = min(tokens, self.capacity)
-        begin = jnp.clip(self.length, 0, self.capacity - size)
-        source = slots.span(begin, size) - self.length[..., None]  # the token for each window slot
-        fresh = ok[..., None] & (source >= 0) & (source < count[..., None])
+    places: Places | None
 
-        def put(leaf: jax.Array, new: jax.Array) -> jax.Array:
+    @property
+    def capacity(self) -> int:
+        """See `Layer.capacity`."""
+        spare = _spare(self.packing.codec.group)
+        return self.num_slots - spare if self.spec.growable else self.spec.capacity
+
+    @property
+    def length(self) -> jax.Array:
+        """See `Layer.length`."""
+        return self.position - self.start
+
+    @property
+    def lookback(self) -> int | None:
+        """See `Layer.lookback`: only a codec with a residual sets a bound."""
+        return self.packing.codec.residual or None
+
+    @property
+    def in_order(self) -> bool:
+        """Slot i is index i, unless groups shift it."""
+        return self.packing.codec.group == 1
+
+    @property
+    def has_places(self) -> bool:
+        """See `Layer.has_places`: not once heads may have evicted different tokens."""
+        return self.places is None
+
+    def fits(self, count: jax.Array) -> jax.Array:
+        """See `Layer.fits`."""
+        return self.length + count <= self.capacity
+
+    def put(self, chunk: Chunk) -> Self:
+        """See `Layer.put`. One `dynamic_update_slice` per leaf."""
+        new = jax.tree.leaves(chunk.value)[0].shape[2]
+        first = self.slot_of(chunk.first[..., None])[..., 0]
+        size = min(new, self.num_slots)
+        begin = jnp.clip(first, 0, self.num_slots - size)
+        source = slots.span(begin, size) - first[..., None]  # the token for each slot of the window
+        fresh = (source >= 0) & (source < chunk.stored[..., None])
+
+        def write(leaf: jax.Array, tokens: jax.Array) -> jax.Array:
+            stride = self.num_slots // leaf.shape[2]
             # A padded chunk may reach past the end though its real tokens fit; then the window
             # starts early and its tokens move right. A full chunk that fits never does.
-            aligned = new if counts is None else slots.take(new, source)
-            return slots.write_window(leaf, aligned, begin, fresh)
+            if not chunk.exact:
+                tokens = slots.take(tokens, source[..., ::stride] // stride)
+            return slots.write_window(leaf, tokens, begin // stride, fresh[..., ::stride])
 
-        return self.grown(
-            count, ok, f"append past the capacity of {self.capacity}; nothing was written"
-        ).replace(
-            key=put(self.key, self.codec.encode(key)),
-            value=put(self.value, self.codec.encode(value)),
+        return self._mapped(write, chunk.key, chunk.value, chunk.first).counted(chunk)
+
+    def _mapped(self, change: Any, key: Any, value: Any, first: jax.Array) -> Self:
+        """Applies `change(leaf, new)` to each leaf that has slots; new positions from `first` on."""
+        places = self.places
+        if places is not None:
+            new = jax.tree.leaves(value)[0].shape[2]
+            position = slots.span(first, new).reshape(-1, 1, new)
+            shape = (*places.position.shape[:2], new)
+            places = places.replace(
+                position=change(places.position, jnp.broadcast_to(position, shape))
+            )
+        return self.replace(
+            key=jax.tree.map(change, self.key, key),
+            value=jax.tree.map(change, self.value, value),
+            places=places,
         )
 
     def write(
@@ -108,65 +178,125 @@ class Contiguous(Layer):
         def put(leaf: jax.Array, new: jax.Array) -> jax.Array:
             return slots.write_at(slots.clear(leaf, self.length, stop), new, target)
 
-        return self.grown(
+        key_form, value_form = self.packing.forms
+        return self.replace(
+            key=jax.tree.map(put, self.key, key_form.encode(key)),
+            value=jax.tree.map(put, self.value, value_form.encode(value)),
+        ).advanced(
             added, ok, f"write outside the capacity of {self.capacity}; nothing was written"
-        ).replace(
-            key=put(self.key, self.codec.encode(key)),
-            value=put(self.value, self.codec.encode(value)),
         )
 
     def keep_latest(self, max_length: jax.Array) -> Self:
-        """See `Layer.keep_latest`. The kept tokens move to the front."""
-        kept = jnp.minimum(self.length, max_length)
-        shift = self.length - kept
-        return self.replace(
-            key=slots.shift_left(self.key, shift, kept),
-            value=slots.shift_left(self.value, shift, kept),
-            length=kept,
+        """See `Layer.keep_latest`. The kept tokens move to the front, by whole groups."""
+        group = self.packing.codec.group
+        start = self.position - jnp.minimum(self.length, max_length)
+        shift = start // group * group - self.start // group * group
+        kept = jnp.where(start < self.position, self.position - start // group * group, 0)
+
+        def pull(leaf: jax.Array) -> jax.Array:
+            stride = self.num_slots // leaf.shape[2]
+            return slots.shift_left(leaf, shift // stride, -(-kept // stride))
+
+        moved = self.replace(
+            key=jax.tree.map(pull, self.key), value=jax.tree.map(pull, self.value), start=start
         )
+        if self.places is None:
+            return moved
+        return moved.replace(places=self.places.replace(position=pull(self.places.position)))
 
-    def gather_rows(self, rows: jax.Array) -> Self:
-        """See `Layer.gather_rows`. Only slots below the longest length move."""
-        stop = jnp.max(self.length)
-        counters = {
-            "length": self.length,
-            "position": self.position,
-            "overflowed": self.overflowed,
-        }
-        if self.ragged:
-            counters = {name: jnp.take(c, rows, mode="clip") for name, c in counters.items()}
-        return self.replace(
-            key=slots.select_rows(self.key, rows, stop),
-            value=slots.select_rows(self.value, rows, stop),
-            **counters,
-        )
+    def slot_of(self, position: jax.Array) -> jax.Array:
+        """See `Layer.slot_of`."""
+        group = self.packing.codec.group
+        return position - _along(self.start // group * group, position)
 
-    def in_order(self) -> tuple[jax.Array, jax.Array]:
-        """See `Layer.in_order`. Storage order is already chronological."""
-        return self.key, self.value
+    def index_of(self, position: jax.Array) -> jax.Array:
+        """See `Layer.index_of`."""
+        return position - _along(self.start, position)
 
-    def scan_slots(self, oldest: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        """See `Layer.scan_slots`. Up to the longest length in the batch."""
-        stop = jnp.max(self.length)
-        if oldest is None:
-            return jnp.int32(0), stop
-        return jnp.clip(jnp.min(oldest - self.offset), 0, stop), stop
+    def position_of(self, index: jax.Array) -> jax.Array:
+        """See `Layer.position_of`. With gaps, what the index would be without them."""
+        return index + _along(self.start, index)
 
     def slot_positions(self, begin: jax.Array, size: int) -> jax.Array:
         """See `Layer.slot_positions`."""
-        slot = slots.span(jnp.broadcast_to(begin, self.length.shape), size)
-        return jnp.where(slot < self.length[..., None], slot + self.offset[..., None], -1)
+        index = self.slot_index(begin, size)
+        live = (index >= 0) & (index < self.length[..., None])
+        if self.places is None:
+            return jnp.where(live, self.position_of(index), -1)
+        position = lax.dynamic_slice_in_dim(self.places.position, begin, size, axis=2)
+        return jnp.where(live.reshape(-1, 1, size), position, -1)
 
-    @property
-    def can_grow(self) -> bool:
-        """See `Layer.can_grow`."""
-        return self.growable
+    def slot_index(self, begin: jax.Array, size: int) -> jax.Array:
+        """See `Layer.slot_index`."""
+        slot = slots.span(jnp.broadcast_to(begin, self.position.shape), size)
+        return slot - (self.start % self.packing.codec.group)[..., None]
+
+    def slots_in_use(self) -> jax.Array:
+        """See `Layer.slots_in_use`. Up to the longest length in the batch."""
+        return jnp.max(self.length + self.start % self.packing.codec.group)
+
+    def regions(self, query: jax.Array, by_place: bool) -> list[Region]:
+        """See `Layer.regions`. All that is stored, and a token's place is its index."""
+        return [Region(None, self.index_of, lambda position, index: index)]
+
+    def retained(self, position: jax.Array) -> jax.Array:
+        """See `Layer.retained`. Appending overwrites nothing."""
+        if self.places is None:
+            return jnp.ones_like(self.overflowed)
+        return position >= self.places.floor
+
+    def reset(self) -> Self:
+        """See `Layer.reset`."""
+        fresh = super().reset()
+        if self.places is None:
+            return fresh
+        floor = jnp.zeros_like(self.places.floor)
+        return fresh.replace(places=self.places.replace(floor=floor))
 
     def with_room(self, need: int) -> Self | None:
         """See `Layer.with_room`. Capacities are powers of two."""
-        if not self.growable:
+        if not self.spec.growable:
             return None
-        return _widened(self, grown_capacity(need) - self.capacity)
+        slots_needed = _physical(grown_capacity(need), self.packing.codec.group)
+        return _widened(self, slots_needed - self.num_slots)
+
+    def tracked(self) -> Self:
+        """This layer with the position of every token beside it."""
+        if self.places is not None:
+            return self
+        shape = (self.batch_size, self.num_kv_heads, self.num_slots)
+        position = self.slot_positions(jnp.int32(0), self.num_slots).reshape(-1, 1, shape[2])
+        return self.replace(
+            places=Places(
+                position=jnp.broadcast_to(position, shape) + jnp.int32(0),
+                floor=jnp.zeros_like(self.position),
+            )
+        )
+
+    def compact(self, keep: jax.Array, count: jax.Array) -> Self:
+        """Keeps the tokens at indices `keep`, int32 (B, H, K) ascending; of each K the first `count`.
+
+        `count` is int32 [] or [B], at most the length. Positions are remembered.
+        """
+        layer = self.tracked()
+        assert layer.places is not None
+
+        def pull(leaf: jax.Array) -> jax.Array:
+            index = keep.reshape(*keep.shape, *(1,) * (leaf.ndim - 3))
+            moved = jnp.take_along_axis(leaf, index, axis=2, mode="clip")
+            return lax.dynamic_update_slice_in_dim(leaf, moved, 0, axis=2)
+
+        return layer.replace(
+            key=jax.tree.map(pull, layer.key),
+            value=jax.tree.map(pull, layer.value),
+            places=Places(position=pull(layer.places.position), floor=self.position),
+            start=self.position - count,
+        )
+
+
+def _along(counter: jax.Array, like: jax.Array) -> jax.Array:
+    """A counter [] or [B], to combine with [...] or [B, ...]."""
+    return counter.reshape(*counter.shape, *(1,) * (like.ndim - counter.ndim))
 
 
 def grown_capacity(need: int) -> int:
@@ -179,45 +309,45 @@ def grown_capacity(need: int) -> int:
     return max(MIN_DYNAMIC_CAPACITY, 1 << (need - 1).bit_length())
 
 
+def _spare(group: int) -> int:
+    """Slots beyond the capacity, as the oldest token may stand late in its group."""
+    return group if group > 1 else 0
+
+
+def _physical(capacity: int, group: int) -> int:
+    """Slots for `capacity` tokens: whole groups."""
+    return -(-capacity // group) * group + _spare(group)
+
+
 @partial(jax.jit, static_argnums=1)
 def _widened(layer: Contiguous, added: int) -> Contiguous:
-    """`added` more slots. Counters are copied: the result may be donated while `layer` lives on."""
-    widen = ((0, 0, 0), (0, 0, 0), (0, added, 0), (0, 0, 0))
-    pad = lambda leaf: jax.lax.pad(leaf, jnp.zeros((), leaf.dtype), widen)  # noqa: E731
-    counters = {
-        name: jnp.copy(getattr(layer, name)) for name in ("length", "position", "overflowed")
-    }
-    return layer.replace(key=pad(layer.key), value=pad(layer.value), **counters)
+    """`added` more slots. The rest is copied: the result may be donated while `layer` lives on."""
+
+    def pad(leaf: jax.Array) -> jax.Array:
+        stride = layer.num_slots // leaf.shape[2]
+        widen = [(0, 0, 0), (0, 0, 0), (0, added // stride, 0), *[(0, 0, 0)] * (leaf.ndim - 3)]
+        return lax.pad(leaf, jnp.zeros((), leaf.dtype), widen)
+
+    wider = jax.tree.map(jnp.copy, layer).replace(
+        key=jax.tree.map(pad, layer.key), value=jax.tree.map(pad, layer.value)
+    )
+    if layer.places is None:
+        return wider
+    return wider.replace(places=wider.places.replace(position=pad(layer.places.position)))
 
 
 @partial(
     jax.jit,
+    static_argnums=(0, 1),
     static_argnames=(
-        "capacity", "growable", "batch_size", "num_kv_heads", "head_dim", "value_head_dim",
-        "dtype", "ragged",
+        "batch_size", "num_kv_heads", "head_dim", "value_head_dim", "dtype", "ragged",
     ),
 )  # fmt: skip
-def _empty(
-    *,
-    capacity: int,
-    growable: bool,
-    batch_size: int,
-    num_kv_heads: int,
-    head_dim: int,
-    value_head_dim: int,
-    dtype: Any,
-    ragged: bool,
-) -> Contiguous:
-    slots_shape = (batch_size, num_kv_heads, capacity)
-    counter_shape = (batch_size,) if ragged else ()
-    codec = Identity(jnp.dtype(dtype).name)
-    # Each leaf gets its own zeros: a buffer shared by two leaves could not be donated.
-    return Contiguous(
-        key=jnp.zeros((*slots_shape, head_dim), codec.storage_dtype),
-        value=jnp.zeros((*slots_shape, value_head_dim), codec.storage_dtype),
-        length=jnp.zeros(counter_shape, jnp.int32),
-        position=jnp.zeros(counter_shape, jnp.int32),
-        overflowed=jnp.zeros(counter_shape, bool),
-        codec=codec,
-        growable=growable,
-    )
+def _empty(spec: Any, capacity: int, **shape: Any) -> Contiguous:
+    if spec.track and spec.codec.group > 1:
+        raise ValueError(
+            f"track=True, and so compact, needs a codec that stores each token by itself; "
+            f"{spec.codec} quantizes groups of tokens. Use Int4() or Int8()"
+        )
+    layer = Contiguous(**blank(spec, _physical(capacity, spec.codec.group), **shape), places=None)
+    return layer.tracked() if spec.track else layer

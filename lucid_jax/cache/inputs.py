@@ -18,13 +18,16 @@ from lucid_jax.cache.layer import Layer
 
 def check_tokens(layer: Layer, key: jax.Array, value: jax.Array) -> None:
     """Checks new keys and values against what a layer holds: ranks, sizes, dtypes."""
-    for name, new, held in (("key", key, layer.key), ("value", value, layer.value)):
+    batch, heads, packing = layer.batch_size, layer.num_kv_heads, layer.packing
+    for name, new, dim in (
+        ("key", key, packing.head_dim),
+        ("value", value, packing.value_head_dim),
+    ):
         if new.ndim != 4:
             raise ValueError(
                 f"{name} must be (batch, heads, seq, head_dim), got shape {new.shape}; "
                 "reshape it to four axes"
             )
-        batch, heads, _, dim = held.shape
         if (new.shape[0], new.shape[1], new.shape[3]) != (batch, heads, dim):
             raise ValueError(
                 f"{name} must be (batch={batch}, heads={heads}, seq, head_dim={dim}) for this "
@@ -109,12 +112,14 @@ def check_reach(layer: Layer, tokens: int, places: Any, counts: Any) -> None:
     need = tokens if counts is None and places is None else 0
     if isinstance(places, np.ndarray) and counts is None:
         need = int(places.max()) + 1
-    if need > layer.capacity:
+    if layer.bounded and need > layer.capacity:
         raise ValueError(no_room(f"{tokens} tokens", need, layer))
 
 
 def make_room(layer: Layer, tokens: int, places: Any, counts: Any) -> Layer:
     """Eager: the layer itself if the tokens fit, a grown copy if it may grow, else an error."""
+    if not layer.bounded:
+        return layer
     stored = np.asarray(layer.length)
     if places is None:
         new = np.int32(tokens) if counts is None else counts
@@ -133,6 +138,22 @@ def make_room(layer: Layer, tokens: int, places: Any, counts: Any) -> Layer:
     return roomy
 
 
+def check_places_possible(layer: Layer, places: Any) -> None:
+    """Raises where a layer can only be appended to, and places were given."""
+    if places is None:
+        return
+    if layer.packing.codec.group > 1:
+        raise ValueError(
+            f"cache_position= would change tokens that {layer.packing.codec} has quantized with "
+            "their group; append instead, or use a codec that stores each token by itself (Int4)"
+        )
+    if not layer.has_places:
+        raise ValueError(
+            "cache_position= names no single token once heads may have evicted different ones "
+            "(track=True, compact); append instead"
+        )
+
+
 def no_room(what: str, need: int, layer: Layer) -> str:
     """The message of an error about room: what needs how much, what there is, and the fixes."""
     return (
@@ -144,6 +165,6 @@ def no_room(what: str, need: int, layer: Layer) -> str:
 def absolute_positions(layer: Layer, places: Any) -> jax.Array:
     """Turns places in the stored sequence, [T] or [B, T], into absolute positions."""
     places = jnp.asarray(places)
-    if not layer.ragged:
-        return places + layer.offset
-    return (places if places.ndim == 2 else places[None]) + layer.offset[:, None]
+    if layer.ragged and places.ndim == 1:
+        places = jnp.broadcast_to(places, (layer.batch_size, *places.shape))
+    return layer.position_of(places)

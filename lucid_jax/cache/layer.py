@@ -1,6 +1,6 @@
 """What a layer state is: the fields every layout has, and the length/position arithmetic, written once.
 
-A layer state holds keys (B, H, C, D) and values (B, H, C, Dv) for capacity C, and three counters that
+A layer state holds keys and values as its codec stores them, leaves (B, H, C, ...), and counters that
 are `[]` while all rows advance together and `[B]` when ragged. A layout (contiguous, ring, ...)
 decides where in C a token lives; nothing outside its module knows.
 """
@@ -8,36 +8,101 @@ decides where in C a token lives; nothing outside its module knows.
 from __future__ import annotations
 
 import abc
+import dataclasses
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jax import lax
 from jax.experimental import checkify
 
-from lucid_jax.cache import slots
+from lucid_jax.cache import residual, slots
 from lucid_jax.cache.checks import is_traced
-from lucid_jax.cache.codec import Identity
+from lucid_jax.cache.codec import Codec
+from lucid_jax.cache.forms import Form, Raw, Stored
+from lucid_jax.cache.part import Part, Region, wide
+from lucid_jax.cache.residual import Recent
+
+
+@dataclasses.dataclass(frozen=True)
+class Packing:
+    """A codec bound to the tokens of one layer.
+
+    Attributes:
+        codec: what the user chose.
+        dtype: name of the tokens' dtype.
+        head_dim: D, of keys.
+        value_head_dim: Dv, of values.
+    """
+
+    codec: Codec
+    dtype: str
+    head_dim: int
+    value_head_dim: int
+
+    @cached_property
+    def forms(self) -> tuple[Form, Form]:
+        """How keys and values are stored."""
+        return self.codec.forms(self.dtype, self.head_dim, self.value_head_dim)
+
+    @cached_property
+    def raw_forms(self) -> tuple[Form, Form]:
+        """How they are stored in full precision."""
+        return Raw(self.dtype, self.head_dim), Raw(self.dtype, self.value_head_dim)
+
+    def flushed(self, position: jax.Array) -> jax.Array:
+        """Of the tokens before `position`, how many are in slots, and not only in the residual."""
+        if not self.codec.residual:
+            return position
+        group = jnp.int32(self.codec.group)
+        return jnp.maximum((position - self.codec.residual) // group * group, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """New tokens ready to be stored, as attention may read them and `Layer.put` takes them.
+
+    Attributes:
+        key: W encoded keys, of consecutive positions.
+        value: W encoded values.
+        first: absolute position of the first of them, int32 [] or [B].
+        stored: how many of them go into slots now, int32 [] or [B].
+        count: tokens this chunk appends, int32 [] or [B].
+        ok: bool [] or [B]; where False nothing is stored.
+        exact: whether all W go into slots wherever ok.
+        raw: with a residual, the tokens (key, value) from `first` on in full precision.
+    """
+
+    key: Stored
+    value: Stored
+    first: jax.Array
+    stored: jax.Array
+    count: jax.Array
+    ok: jax.Array
+    exact: bool
+    raw: tuple[jax.Array, jax.Array] | None
 
 
 @struct.dataclass(repr=False)
 class Layer(abc.ABC):
     """State of one layer's cache: a frozen pytree.
 
-    `position - length` is the absolute position of the oldest stored token; crop raises it,
-    rollback and append leave it alone. That one difference is why both counters exist.
+    `position - start` tokens came since the oldest that crop left; a window or an eviction may have
+    dropped some, so the length is the layout's to say. Crop raises `start`; append and rollback move
+    `position` alone.
     """
 
-    key: jax.Array  # (B, H, C, D), as the codec stores it
-    value: jax.Array  # (B, H, C, Dv), as the codec stores it
-    length: jax.Array  # int32 [] or [B]: tokens stored now
+    key: Stored  # leaves (B, H, C, ...): as the codec stores keys of width D
+    value: Stored  # leaves (B, H, C, ...): as the codec stores values of width Dv
+    recent: Recent | None  # the latest tokens in full precision, if the codec has a residual
+    start: jax.Array  # int32 [] or [B]: absolute position of the oldest token not cropped
     position: jax.Array  # int32 [] or [B]: tokens ever seen, the next absolute position
-    overflowed: (
-        jax.Array
-    )  # bool [] or [B]: sticky, a traced operation asked for what cannot be done
-    codec: Identity = struct.field(pytree_node=False)
+    reach: jax.Array  # int32 [] or [B]: largest position ever; what rollback left lies below
+    overflowed: jax.Array  # bool [] or [B]: sticky, a traced operation asked for the impossible
+    spec: LayerSpec = struct.field(pytree_node=False)
+    packing: Packing = struct.field(pytree_node=False)
 
     if TYPE_CHECKING:
 
@@ -46,44 +111,83 @@ class Layer(abc.ABC):
 
     def __repr__(self) -> str:
         """Sizes rather than megabytes of numbers."""
-        shape = ", ".join(f"{name}={n}" for name, n in zip("BHCD", self.key.shape, strict=True))
+        sizes = f"B={self.batch_size}, H={self.num_kv_heads}, C={self.capacity}"
         length = "traced"
-        if not is_traced(self.length):
-            length = "donated" if self.length.is_deleted() else np.asarray(self.length).tolist()
-        return f"{type(self).__name__}({shape}, {self.dtype}, length={length})"
+        if not is_traced(self.position):
+            gone = self.position.is_deleted()
+            length = "donated" if gone else np.asarray(self.length).tolist()
+        dims = f"D={self.packing.head_dim}"
+        return f"{type(self).__name__}({self.spec}, {sizes}, {dims}, {self.dtype}, length={length})"
 
     # --- facts ---------------------------------------------------------------------------------
 
     @property
     def ragged(self) -> bool:
         """Whether each row has its own length."""
-        return self.length.ndim == 1
+        return self.position.ndim == 1
 
     @property
     def batch_size(self) -> int:
         """B, the number of rows."""
-        return self.key.shape[0]
+        return jax.tree.leaves(self.value)[0].shape[0]
 
     @property
-    def capacity(self) -> int:
-        """C, the token slots a row has."""
-        return self.key.shape[2]
+    def num_kv_heads(self) -> int:
+        """H, the number of key/value heads."""
+        return jax.tree.leaves(self.value)[0].shape[1]
+
+    @property
+    def num_slots(self) -> int:
+        """Physical token slots; some layouts need more than the tokens they promise to hold."""
+        return jax.tree.leaves(self.value)[0].shape[2]
 
     @property
     def dtype(self) -> jnp.dtype:
         """Dtype of the tokens that go in and come out."""
-        return jnp.dtype(self.codec.dtype)
+        return jnp.dtype(self.packing.dtype)
 
     @property
-    def offset(self) -> jax.Array:
-        """Absolute position of the oldest stored token, int32 [] or [B]."""
-        return self.position - self.length
+    @abc.abstractmethod
+    def capacity(self) -> int:
+        """C, the most tokens a row holds: the seq axis of `get`."""
+
+    @property
+    @abc.abstractmethod
+    def length(self) -> jax.Array:
+        """Tokens stored now, int32 [] or [B]."""
+
+    @property
+    def bounded(self) -> bool:
+        """Whether appending past the capacity is refused."""
+        return True
+
+    @property
+    def in_order(self) -> bool:
+        """Whether slot i is index i of `get`."""
+        return False
+
+    @property
+    def has_places(self) -> bool:
+        """Whether an index of `get` is one absolute position, the same in all heads."""
+        return True
+
+    @property
+    @abc.abstractmethod
+    def lookback(self) -> int | None:
+        """Tokens that can be rolled back whatever came before; None if every stored one can.
+
+        A chunk of `lookback + 1` tokens leaves all that its own queries may see.
+        """
 
     # --- what a layout decides -----------------------------------------------------------------
 
     @abc.abstractmethod
-    def append(self, key: jax.Array, value: jax.Array, counts: jax.Array | None) -> Self:
-        """Appends T tokens, or the first `counts` int32 [B] of each row's T; all or nothing."""
+    def fits(self, count: jax.Array) -> jax.Array:
+        """Whether `count` (int32 [] or [B]) more tokens can be appended."""
+
+    @abc.abstractmethod
+    def put(self, chunk: Chunk) -> Self:
+        """Stores a chunk's tokens and counts them."""
 
     @abc.abstractmethod
     def write(
@@ -96,61 +200,242 @@ class Layer(abc.ABC):
         """Keeps the latest `max_length` tokens (int32 [], >= 0); positions stay as they are."""
 
     @abc.abstractmethod
-    def gather_rows(self, rows: jax.Array) -> Self:
-        """Gathers batch rows, int32 [B'], each in [0, B)."""
+    def slot_of(self, position: jax.Array) -> jax.Array:
+        """The slot of an absolute position, int32 of the same shape, [...] or [B, ...]."""
 
     @abc.abstractmethod
-    def in_order(self) -> tuple[jax.Array, jax.Array]:
-        """Stored keys and values, oldest token in slot 0; what is not live may hold anything."""
+    def index_of(self, position: jax.Array) -> jax.Array:
+        """Index in `get` of an absolute position, int32 [...] or [B, ...]."""
 
     @abc.abstractmethod
-    def scan_slots(self, oldest: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        """The slots [start, stop) a reader must look at, int32 []: they follow length, not capacity.
-
-        With `oldest` (int32 [] or [B]), only tokens at that absolute position or later are wanted.
-        """
+    def position_of(self, index: jax.Array) -> jax.Array:
+        """Absolute position of an index in `get`, int32 [...] or [B, ...]."""
 
     @abc.abstractmethod
     def slot_positions(self, begin: jax.Array, size: int) -> jax.Array:
-        """Absolute positions of slots [begin, begin + size), int32 [size] or [B, size]; -1 if dead."""
+        """Absolute positions of slots [begin, begin + size), -1 if dead: [S], [B, S] or [B, H, S].
 
-    @property
-    def can_grow(self) -> bool:
-        """Whether `with_room` can make room."""
-        return False
+        A slot is live that holds a token not cropped nor rolled back, if outside the window.
+        """
+
+    @abc.abstractmethod
+    def slots_in_use(self) -> jax.Array:
+        """A bound below which all live slots are, int32 []: it follows length, not capacity."""
+
+    @abc.abstractmethod
+    def regions(self, query: jax.Array, by_place: bool) -> list[Region]:
+        """What queries at absolute positions [T] or [B, T] see; apart where RoPE by place differs."""
+
+    @abc.abstractmethod
+    def retained(self, position: jax.Array) -> jax.Array:
+        """Whether all slots are still there that a layer at an earlier `position` would have."""
 
     def with_room(self, need: int) -> Self | None:
         """A copy with at least `need` slots, made on the host; None where the layout cannot grow."""
         return None
 
-    def block(self, begin: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
-        """Keys and values of slots [begin, begin + size): (B, H, size, D) and (B, H, size, Dv)."""
-        key, value = (
-            self.codec.decode(lax.dynamic_slice_in_dim(leaf, begin, size, axis=2))
-            for leaf in (self.key, self.value)
-        )
-        return key, value
+    # --- appending -----------------------------------------------------------------------------
 
-    # --- arithmetic every layout shares --------------------------------------------------------
+    def append(self, key: jax.Array, value: jax.Array, counts: jax.Array | None) -> Self:
+        """Appends T tokens, or the first `counts` int32 [B] of each row's T; all or nothing."""
+        return self.put(self.take_in(key, value, counts))
+
+    def take_in(self, key: jax.Array, value: jax.Array, counts: jax.Array | None) -> Chunk:
+        """Encodes T new tokens to follow what is stored."""
+        tokens = key.shape[2]
+        count = jnp.full_like(self.position, tokens) if counts is None else counts
+        ok = (count >= 0) & (count <= tokens) & self.fits(count)
+        count = jnp.where(ok, count, 0)
+        key_form, value_form = self.packing.forms
+        if self.recent is None:
+            return Chunk(
+                key=key_form.encode(key),
+                value=value_form.encode(value),
+                first=self.position,
+                stored=count,
+                count=count,
+                ok=ok,
+                exact=counts is None,
+                raw=None,
+            )
+        flushed = self.packing.flushed(self.position)
+        raw = residual.window(self.recent, flushed, self.position, self._as_raw(key, value))
+        window = residual.whole_groups(raw, flushed, self.start, self.packing.codec.group, tokens)
+        keys, values = (
+            form.decode(x) for form, x in zip(self.packing.raw_forms, window, strict=True)
+        )
+        return Chunk(
+            key=key_form.encode(keys),
+            value=value_form.encode(values),
+            first=flushed,
+            stored=self.packing.flushed(self.position + count) - flushed,
+            count=count,
+            ok=ok,
+            exact=False,
+            raw=raw,
+        )
+
+    def _as_raw(self, key: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
+        key_form, value_form = self.packing.raw_forms
+        return key_form.encode(key), value_form.encode(value)
+
+    def counted(self, chunk: Chunk) -> Self:
+        """Counters and residual after a chunk; slots untouched."""
+        recent = self.recent
+        if recent is not None:
+            assert chunk.raw is not None
+            recent = residual.put(recent, chunk.raw, chunk.first, self.position, chunk.count)
+        return self.replace(recent=recent).advanced(
+            chunk.count, chunk.ok, f"append past the capacity of {self.capacity}; nothing was written"
+        )
+
+    def advanced(self, by: jax.Array, ok: jax.Array, what: str) -> Self:
+        """Counters after `by` more tokens came where `ok`."""
+        position = self.position + jnp.where(ok, by, 0)
+        return self.replace(
+            position=position,
+            reach=jnp.maximum(self.reach, position),
+            overflowed=self.flag(ok, what),
+        )
+
+    # --- reading -------------------------------------------------------------------------------
+
+    def parts(self) -> list[Part]:
+        """What is stored, for attention to walk through."""
+        packing, flushed = self.packing, self.packing.flushed
+        packed = None
+        raw: list[Part] = []
+        if self.recent is not None:
+            packed = lambda query, stored: stored < flushed(query + 1)  # noqa: E731
+            raw = [
+                Part(
+                    *(self.recent.key, self.recent.value),
+                    *packing.raw_forms,
+                    size=self.recent.size,
+                    start=jnp.int32(0),
+                    stop=jnp.minimum(jnp.max(self.reach), self.recent.size),
+                    positions=self._recent_positions,
+                    index=lambda begin, size: self.index_of(self._recent_positions(begin, size)),
+                    visible=lambda query, stored: stored >= flushed(query + 1),
+                )
+            ]
+        return [self._slots_part(packed), *raw]
+
+    def parts_with(self, chunk: Chunk) -> list[Part]:
+        """What is stored, and a chunk not yet stored, for attention to walk through."""
+        packing, flushed = self.packing, self.packing.flushed
+        end = self.position + chunk.count
+
+        def run(
+            tokens: tuple[Stored, Stored],
+            forms: tuple[Form, Form],
+            first: jax.Array,
+            stop: jax.Array,
+            visible: Any,
+        ) -> Part:
+            """Tokens of consecutive positions from `first`; live are those before `stop`."""
+
+            def positions(begin: jax.Array, size: int) -> jax.Array:
+                position = slots.span(first + begin, size)
+                live = (position < stop[..., None]) & (position >= self.start[..., None])
+                return jnp.where(live, position, -1)
+
+            return Part(
+                *tokens,
+                *forms,
+                size=jax.tree.leaves(tokens[1])[0].shape[2],
+                start=jnp.int32(0),
+                stop=jnp.max(stop - first),
+                positions=positions,
+                index=lambda begin, size: self.index_of(slots.span(first + begin, size)),
+                visible=visible,
+            )
+
+        packed = raw = None
+        if self.recent is not None:
+            packed = lambda query, stored: stored < flushed(query + 1)  # noqa: E731
+            raw = lambda query, stored: stored >= flushed(query + 1)  # noqa: E731
+        fresh = run(
+            (chunk.key, chunk.value),
+            packing.forms,
+            chunk.first,
+            chunk.first + chunk.stored,
+            packed,
+        )
+        parts = [self._slots_part(None), fresh]
+        if chunk.raw is not None:
+            parts.append(run(chunk.raw, packing.raw_forms, chunk.first, end, raw))
+        return parts
+
+    def _slots_part(self, visible: Any) -> Part:
+        def positions(begin: jax.Array, size: int) -> jax.Array:
+            position = self.slot_positions(begin, size)
+            if self.recent is None:
+                return position
+            flushed = self.packing.flushed(self.position)
+            return jnp.where(position < flushed[..., None], position, -1)
+
+        return Part(
+            self.key,
+            self.value,
+            *self.packing.forms,
+            size=self.num_slots,
+            start=jnp.int32(0),
+            stop=self.slots_in_use(),
+            positions=positions,
+            index=self.slot_index,
+            visible=visible,
+            in_order=self.in_order,
+        )
+
+    def slot_index(self, begin: jax.Array, size: int) -> jax.Array:
+        """Index in `get` of slots [begin, begin + size), int32 [S] or [B, S]."""
+        return self.index_of(self.slot_positions(begin, size))
+
+    def _recent_positions(self, begin: jax.Array, size: int) -> jax.Array:
+        assert self.recent is not None
+        slot = slots.span(jnp.broadcast_to(begin, self.position.shape), size)
+        position = residual.newest(slot, self.reach, self.recent.size)
+        live = (position < self.position[..., None]) & (position >= self.start[..., None])
+        return jnp.where(live, position, -1)
+
+    def tokens(self) -> tuple[jax.Array, jax.Array]:
+        """Keys and values decoded, oldest first, (B, H, C, ...); what is not live may be anything."""
+        keys, values = (
+            form.decode(x)
+            for form, x in zip(self.packing.forms, (self.key, self.value), strict=True)
+        )
+        if self.in_order and self.num_slots == self.capacity:
+            return keys, values
+        position = self.position_of(slots.span(jnp.zeros_like(self.position), self.capacity))
+        slot = self.slot_of(position)
+        keys, values = slots.take(keys, slot), slots.take(values, slot)
+        if self.recent is None:
+            return keys, values
+        fresh = position >= self.packing.flushed(self.position)[..., None]
+        fresh = fresh.reshape(-1, 1, self.capacity, 1)
+        recents = (
+            form.decode(slots.take(leaf, position % self.recent.size))
+            for form, leaf in zip(
+                self.packing.raw_forms, (self.recent.key, self.recent.value), strict=True
+            )
+        )
+        keys, values = (
+            jnp.where(fresh, raw, x) for raw, x in zip(recents, (keys, values), strict=True)
+        )
+        return keys, values
 
     def valid(self) -> jax.Array:
-        """Which slots of `in_order` hold a live token: bool [C] or [B, C]."""
-        index = slots.span(jnp.zeros_like(self.length), self.capacity)
+        """Which indices of `tokens` hold a live token: bool [C] or [B, C]."""
+        index = slots.span(jnp.zeros_like(self.position), self.capacity)
         return index < self.length[..., None]
+
+    # --- arithmetic every layout shares --------------------------------------------------------
 
     def flag(self, ok: jax.Array, what: str) -> jax.Array:
         """The sticky flag after an operation that was possible where `ok` (bool [] or [B])."""
         checkify.debug_check(jnp.all(ok), what)
         return self.overflowed | ~ok
-
-    def grown(self, by: jax.Array, ok: jax.Array, what: str) -> Self:
-        """Counters after `by` more tokens came to be stored where `ok`; storage untouched."""
-        by = jnp.where(ok, by, 0)
-        return self.replace(
-            length=self.length + by,
-            position=self.position + by,
-            overflowed=self.flag(ok, what),
-        )
 
     def crop(self, max_length: jax.Array) -> Self:
         """Keeps the latest `max_length` tokens (int32 []); a negative number crops nothing."""
@@ -169,17 +454,47 @@ class Layer(abc.ABC):
             overflowed=chosen.flag(ok, "selection of a row that is not in the batch")
         )
 
+    def gather_rows(self, rows: jax.Array) -> Self:
+        """Gathers batch rows, int32 [B'], each in [0, B). Only slots in use move."""
+        used = self.slots_in_use()
+
+        def gather(leaf: jax.Array) -> jax.Array:
+            if leaf.ndim < 2:
+                return jnp.take(leaf, rows, mode="clip") if leaf.ndim else leaf
+            stride = max(1, self.num_slots // leaf.shape[2])
+            return slots.select_rows(leaf, rows, -(-used // stride))
+
+        chosen = jax.tree.map(gather, self.replace(recent=None))
+        if self.recent is None:
+            return chosen
+        whole = jnp.int32(self.recent.size)  # a ring may be in use up to its end
+        return chosen.replace(
+            recent=jax.tree.map(lambda leaf: slots.select_rows(leaf, rows, whole), self.recent)
+        )
+
+    def can_rollback(self, n: jax.Array) -> jax.Array:
+        """Whether the latest `n` tokens (int32 [] or [B]) can be dropped as if they never came."""
+        position = self.position - n
+        ok = (n >= 0) & (n <= self.length) & self.retained(position)
+        if self.recent is None:
+            return ok
+        oldest = jnp.maximum(self.packing.flushed(position), self.start)
+        return ok & ((oldest >= self.reach - self.recent.size) | (oldest >= position))
+
     def rollback(self, n: jax.Array) -> Self:
-        """Drops the latest `n` tokens (int32 [] or [B]) where there are that many."""
-        ok = (n >= 0) & (n <= self.length)
-        return self.grown(-n, ok, "rollback of more tokens than are stored; nothing was dropped")
+        """Drops the latest `n` tokens (int32 [] or [B]) where that can be done exactly."""
+        ok = self.can_rollback(n)
+        return self.advanced(
+            -n, ok, "rollback of more tokens than this layer can bring back; nothing was dropped"
+        )
 
     def reset(self) -> Self:
         """Empties the layer; buffers are kept and what they hold is never seen again."""
         return self.replace(
-            length=jnp.zeros_like(self.length),
-            position=jnp.zeros_like(self.position),
-            overflowed=jnp.zeros_like(self.overflowed),
+            **{
+                name: jnp.zeros_like(getattr(self, name))
+                for name in ("start", "position", "reach", "overflowed")
+            }
         )
 
 
@@ -198,3 +513,43 @@ class LayerSpec(Protocol):
     ) -> Layer:
         """An empty layer of this kind."""
         ...
+
+
+def blank(
+    spec: Any,
+    slots: int,
+    *,
+    batch_size: int,
+    num_kv_heads: int,
+    head_dim: int,
+    value_head_dim: int,
+    dtype: Any,
+    ragged: bool,
+) -> dict[str, Any]:
+    """The fields of an empty layer with a number of physical slots, traced in the caller's jit."""
+    packing = Packing(spec.codec, jnp.dtype(dtype).name, head_dim, value_head_dim)
+    counter = (batch_size,) if ragged else ()
+    recent = None
+    if spec.codec.residual:
+        recent = Recent(
+            *(
+                form.empty(batch_size, num_kv_heads, 2 * spec.codec.residual + spec.codec.group)
+                for form in packing.raw_forms
+            )
+        )
+    # Each leaf gets its own zeros: a buffer shared by two leaves could not be donated.
+    key, value = (form.empty(batch_size, num_kv_heads, slots) for form in packing.forms)
+    return {
+        "key": key,
+        "value": value,
+        "recent": recent,
+        "start": jnp.zeros(counter, jnp.int32),
+        "position": jnp.zeros(counter, jnp.int32),
+        "reach": jnp.zeros(counter, jnp.int32),
+        "overflowed": jnp.zeros(counter, bool),
+        "spec": spec,
+        "packing": packing,
+    }
+
+
+__all__ = ["Chunk", "Layer", "LayerSpec", "Packing", "blank", "wide"]

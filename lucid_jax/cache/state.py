@@ -8,8 +8,9 @@ for what cannot be done changes nothing and sets the state's sticky `overflowed`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,7 @@ from lucid_jax.cache.inputs import (
     absolute_positions,
     as_counts,
     as_places,
+    check_places_possible,
     check_reach,
     check_tokens,
     make_room,
@@ -39,16 +41,39 @@ from lucid_jax.cache.layer import Layer, LayerSpec
 from lucid_jax.cache.slots import span
 
 
+@dataclasses.dataclass(frozen=True)
+class Shared:
+    """Stands in a list of specs for a layer that reads another's tokens and stores none itself.
+
+    Cross-layer sharing (Brandon et al. 2024; Gemma 3n): `[Static(64), Shared(0)]`.
+
+    Attributes:
+        layer_idx: the layer to read, one that stores tokens.
+    """
+
+    layer_idx: int
+
+
 @struct.dataclass
 class CacheState:
-    """The cache of a whole model: one layer state per layer, each free to differ."""
+    """The cache of a whole model: one layer state per layer that stores tokens, each free to differ.
+
+    `reads[i]` says which of `layers` the model's layer i reads: itself, or a layer it shares.
+    """
 
     layers: tuple[Layer, ...]
+    reads: tuple[int, ...] = struct.field(pytree_node=False)
+    owners: tuple[int, ...] = struct.field(pytree_node=False)  # the model's layer of each state
+
+    if TYPE_CHECKING:
+
+        def replace(self, **updates: Any) -> CacheState:
+            """A copy with some fields changed; flax adds it."""
 
     @property
     def num_layers(self) -> int:
-        """How many layers there are."""
-        return len(self.layers)
+        """How many layers the model has."""
+        return len(self.reads)
 
     @property
     def batch_size(self) -> int:
@@ -60,37 +85,74 @@ class CacheState:
         """Whether each row has its own length."""
         return self.layers[0].ragged
 
+    def layer(self, layer_idx: Any) -> Layer:
+        """What the model's layer reads.
+
+        Raises:
+            ValueError: for an index out of range.
+            RuntimeError: if its buffers were donated.
+        """
+        layer = self.layers[self.reads[as_layer_index(layer_idx, self.num_layers)]]
+        check_alive(layer)
+        return layer
+
+    def own_layer(self, layer_idx: Any) -> Layer:
+        """`layer`, for one that is about to be written.
+
+        Raises:
+            ValueError: also if the layer only reads another's tokens.
+        """
+        layer, index = self.layer(layer_idx), int(layer_idx)
+        owner = self.owners[self.reads[index]]
+        if owner != index:
+            raise ValueError(
+                f"layer {index} shares the tokens of layer {owner} and stores none itself; "
+                f"update layer {owner} only"
+            )
+        return layer
+
     def with_layer(self, layer_idx: int, layer: Layer) -> CacheState:
         """This state with one layer replaced; the other layers are shared, not copied."""
-        layers = (*self.layers[:layer_idx], layer, *self.layers[layer_idx + 1 :])
-        return CacheState(layers)
+        index = self.reads[layer_idx]
+        return self.with_layers((*self.layers[:index], layer, *self.layers[index + 1 :]))
+
+    def with_layers(self, layers: Iterable[Layer]) -> CacheState:
+        """This state with other layer states in the same places."""
+        return self.replace(layers=tuple(layers))
+
+
+def of_layers(*layers: Layer) -> CacheState:
+    """A state of layers that share nothing."""
+    each = tuple(range(len(layers)))
+    return CacheState(tuple(layers), reads=each, owners=each)
 
 
 def init_cache(
-    spec: LayerSpec | Sequence[LayerSpec],
+    spec: LayerSpec | Sequence[LayerSpec | Shared],
     *,
     batch_size: int,
-    num_kv_heads: int,
-    head_dim: int,
+    num_kv_heads: int | Sequence[int],
+    head_dim: int | Sequence[int],
     num_layers: int | None = None,
-    value_head_dim: int | None = None,
+    value_head_dim: int | Sequence[int] | None = None,
     dtype: DTypeLike = jnp.float32,
     ragged: bool = False,
 ) -> CacheState:
     """An empty cache.
 
     Args:
-        spec: one spec for all layers, or a list with one per layer.
+        spec: one spec for all layers, or a list with one per layer; `Shared(i)` in it makes a layer
+            read what layer i stores.
         batch_size: B, rows.
-        num_kv_heads: H, key/value heads.
-        head_dim: D, of keys; of values too unless `value_head_dim` says otherwise.
+        num_kv_heads: H, key/value heads; or a list with one number per layer.
+        head_dim: D, of keys; of values too unless `value_head_dim` says otherwise. Or one per layer.
         num_layers: number of layers; may be left out when `spec` is a list.
-        value_head_dim: Dv, if values are not as wide as keys.
-        dtype: storage dtype.
+        value_head_dim: Dv, if values are not as wide as keys. Or one per layer.
+        dtype: dtype of the tokens.
         ragged: give each row its own length (batches of unequal prompts, speculative decoding).
 
     Raises:
-        ValueError: for a size below 1, or a list of specs that disagrees with `num_layers`.
+        ValueError: for a size below 1, or a list that disagrees with the number of layers.
 
     Example:
         >>> import lucid_jax as lj
@@ -98,7 +160,7 @@ def init_cache(
         ...     lj.Static(16), num_layers=2, batch_size=1, num_kv_heads=4, head_dim=8
         ... )
         >>> state.layers[0].key.shape, lj.nbytes(state)
-        ((1, 4, 16, 8), 8210)
+        ((1, 4, 16, 8), 8214)
     """
     if isinstance(spec, Sequence):
         specs = list(spec)
@@ -113,16 +175,43 @@ def init_cache(
         specs = [spec] * check_count(num_layers, "num_layers", 1)
     if not specs:
         raise ValueError("a cache needs at least one layer, got an empty list of specs")
+    batch_size = check_count(batch_size, "batch_size", 1)
+    dims = _each_layer(head_dim, "head_dim", len(specs))
     sizes = {
-        "batch_size": check_count(batch_size, "batch_size", 1),
-        "num_kv_heads": check_count(num_kv_heads, "num_kv_heads", 1),
-        "head_dim": check_count(head_dim, "head_dim", 1),
-        "value_head_dim": check_count(
-            head_dim if value_head_dim is None else value_head_dim, "value_head_dim", 1
-        ),
+        "num_kv_heads": _each_layer(num_kv_heads, "num_kv_heads", len(specs)),
+        "head_dim": dims,
+        "value_head_dim": dims
+        if value_head_dim is None
+        else _each_layer(value_head_dim, "value_head_dim", len(specs)),
     }
     dtype = jax.dtypes.canonicalize_dtype(dtype)
-    return CacheState(tuple(one.init(**sizes, dtype=dtype, ragged=ragged) for one in specs))
+    layers, owners, reads = [], [], []
+    for index, one in enumerate(specs):
+        if isinstance(one, Shared):
+            target = check_count(one.layer_idx, "layer_idx of Shared")
+            if target not in owners:
+                raise ValueError(
+                    f"layer {index} is Shared({target}), but layer {target} is not an earlier layer "
+                    f"that stores tokens; those are {owners}"
+                )
+            reads.append(owners.index(target))
+            continue
+        reads.append(len(layers))
+        owners.append(index)
+        shape = {name: values[index] for name, values in sizes.items()}
+        layers.append(one.init(batch_size=batch_size, **shape, dtype=dtype, ragged=ragged))
+    return CacheState(tuple(layers), reads=tuple(reads), owners=tuple(owners))
+
+
+def _each_layer(size: Any, name: str, num_layers: int) -> list[int]:
+    """A size given once, or once per layer, as a list."""
+    sizes = list(size) if isinstance(size, Sequence) else [size] * num_layers
+    if len(sizes) != num_layers:
+        raise ValueError(
+            f"{name} has {len(sizes)} entries for {num_layers} layers; give one number, or one "
+            "per layer"
+        )
+    return [check_count(one, name, 1) for one in sizes]
 
 
 # --- writing ---------------------------------------------------------------------------------------
@@ -178,23 +267,22 @@ def update(
         Traceback (most recent call last):
         ValueError: 3 stored + 3 new tokens need 6 slots, but the capacity is 4; ...
     """
-    index = as_layer_index(layer_idx, state.num_layers)
-    layer = state.layers[index]
-    check_alive(layer)
+    layer = state.own_layer(layer_idx)
     key, value = as_array(key), as_array(value)
     check_tokens(layer, key, value)
     tokens = key.shape[2]
     counts = as_counts(lengths, layer, tokens)
     places = as_places(cache_position, layer.batch_size, tokens, counts)
+    check_places_possible(layer, places)
     if tokens == 0:
         return state
     if is_traced(layer, key, value, places, counts):
         check_reach(layer, tokens, places, counts)
-        return state.with_layer(index, _update_layer(layer, key, value, places, counts))
+        return state.with_layer(layer_idx, _update_layer(layer, key, value, places, counts))
     roomy = make_room(layer, tokens, places, counts)
     # A layer that just grew is ours alone, so its buffers are free to reuse.
     run = _update_donated if donate or roomy is not layer else _update_kept
-    return state.with_layer(index, run(roomy, key, value, places, counts))
+    return state.with_layer(layer_idx, run(roomy, key, value, places, counts))
 
 
 def _update_layer(
@@ -231,7 +319,7 @@ def get(state: CacheState, layer_idx: int) -> tuple[jax.Array, jax.Array, jax.Ar
         >>> keys.shape, valid.any().item()
         ((1, 2, 4, 8), False)
     """
-    layer = _layer(state, layer_idx)
+    layer = state.layer(layer_idx)
     return _read(layer) if is_traced(layer) else _read_jit(layer)
 
 
@@ -239,30 +327,21 @@ def _read(layer: Layer) -> tuple[jax.Array, jax.Array, jax.Array]:
     valid = layer.valid()
     mask = valid.reshape(-1, 1, layer.capacity, 1)
     # where, not a product: what is not live may be NaN, and 0 * NaN is NaN.
-    key, value = (
-        layer.codec.decode(jnp.where(mask, leaf, jnp.zeros((), leaf.dtype)))
-        for leaf in layer.in_order()
-    )
+    key, value = (jnp.where(mask, x, jnp.zeros((), x.dtype)) for x in layer.tokens())
     return key, value, valid
 
 
 _read_jit = jax.jit(_read)
 
 
-def _layer(state: CacheState, layer_idx: int) -> Layer:
-    layer = state.layers[as_layer_index(layer_idx, state.num_layers)]
-    check_alive(layer)
-    return layer
-
-
 def valid(state: CacheState, layer_idx: int = 0) -> jax.Array:
     """Which slots of `get` hold a live token: bool [C], or [B, C] if ragged."""
-    return _layer(state, layer_idx).valid()
+    return state.layer(layer_idx).valid()
 
 
 def seq_length(state: CacheState, layer_idx: int = 0) -> jax.Array:
     """Tokens stored now: int32 [], or [B] if ragged."""
-    return _layer(state, layer_idx).length
+    return state.layer(layer_idx).length
 
 
 def positions(
@@ -283,7 +362,7 @@ def positions(
         >>> int(lj.seq_length(state)), lj.positions(state, 2).tolist()
         (2, [5, 6])
     """
-    layer = _layer(state, layer_idx)
+    layer = state.layer(layer_idx)
     count = check_count(n, "n")
     places = as_places(cache_position, layer.batch_size, count)
     if places is None:
@@ -293,7 +372,7 @@ def positions(
 
 def capacity(state: CacheState, layer_idx: int = 0) -> int:
     """C, the token slots each row of a layer has."""
-    return _layer(state, layer_idx).capacity
+    return state.layer(layer_idx).capacity
 
 
 def nbytes(state: CacheState) -> int:
@@ -337,7 +416,7 @@ def _per_layer(name: str) -> Callable[..., CacheState]:
     """A compiled verb that calls one method on each layer, and its in-place twin."""
 
     def run(state: CacheState, *args: jax.Array) -> CacheState:
-        return CacheState(tuple(getattr(layer, name)(*args) for layer in state.layers))
+        return state.with_layers(getattr(layer, name)(*args) for layer in state.layers)
 
     kept, donated = jax.jit(run), jax.jit(run, donate_argnums=0)
 
@@ -467,14 +546,34 @@ def rollback(state: CacheState, n: ArrayLike, *, donate: bool = False) -> CacheS
     if drop.ndim > 1 or (drop.ndim == 1 and drop.shape != (state.batch_size,)):
         raise ValueError(f"n must be an integer or shape ({state.batch_size},), got {drop.shape}")
     if not is_traced(state, drop):
-        shortest = min(int(np.min(np.asarray(layer.length) - drop)) for layer in state.layers)
-        if shortest < 0 or np.min(drop) < 0:
-            stored = [np.asarray(layer.length).tolist() for layer in state.layers]
-            raise ValueError(
-                f"rollback({np.asarray(drop).tolist()}) needs 0 <= n <= tokens stored, "
-                f"which are {stored} per layer"
-            )
+        possible = np.asarray(_can_rollback(state, drop))
+        if not possible.all():
+            raise ValueError(_no_way_back(state, np.asarray(drop), possible))
     return _rollback(state, drop, donate=donate)
+
+
+@jax.jit
+def _can_rollback(state: CacheState, n: jax.Array) -> jax.Array:
+    """Which layers (and rows) can drop `n` tokens: bool [layers] or [layers, B]."""
+    return jnp.stack([layer.can_rollback(n) for layer in state.layers])
+
+
+def _no_way_back(state: CacheState, drop: np.ndarray, possible: np.ndarray) -> str:
+    owner = int(np.flatnonzero(~possible.reshape(len(possible), -1).all(axis=1))[0])
+    layer = state.layers[owner]
+    stored = np.asarray(layer.length).tolist()
+    message = (
+        f"rollback({drop.tolist()}) needs 0 <= n <= tokens stored, which are {stored} in layer "
+        f"{state.owners[owner]}"
+    )
+    if layer.lookback is not None:
+        message += (
+            f"; and {layer.spec} promises to bring back {layer.lookback} tokens, counted from the "
+            "longest it has been. Give Sliding more slack=, or KIVI more residual="
+        )
+    if not layer.has_places:
+        message += "; and no tokens that were there at the latest compact"
+    return message
 
 
 def reset(state: CacheState, *, donate: bool = False) -> CacheState:
@@ -503,7 +602,7 @@ def grow(state: CacheState, capacity: int) -> CacheState:
         if roomy is None:
             raise ValueError(no_room(f"layer {index} cannot grow: {need} tokens", need, layer))
         layers.append(roomy)
-    return CacheState(tuple(layers))
+    return state.with_layers(layers)
 
 
 def ensure_capacity(state: CacheState, n: int) -> CacheState:

@@ -8,7 +8,7 @@ from lucid_jax.nn.cache import (
     StaticKVCache,
 )
 from lucid_jax.nn.mha import MultiHeadAttention
-from lucid_jax.nn.rope import rope
+from lucid_jax.attention.rope import rope
 
 __all__ = [
     "Cache",

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import lax
 from jax.typing import ArrayLike
 
 from lucid_jax.attention.attend import attend
@@ -165,7 +166,7 @@ class KVCache(Cache):
             )
             layer = fresh.layers[0]
         elif inner != self._inner[index]:
-            held = ", ".join(map(str, (*self._lead(layer, index), "seq", layer.key.shape[3])))
+            held = ", ".join(map(str, (*self._lead(layer, index), "seq", layer.packing.head_dim)))
             raise ValueError(
                 f"layer {index} holds keys of shape ({held}), got {key.shape}; "
                 "reset() the cache to change shapes"
@@ -173,7 +174,7 @@ class KVCache(Cache):
         else:
             _check_sound(layer, index)
         state = core.update(
-            core.CacheState((layer,)),
+            core.of_layers(layer),
             _as_4d(key),
             _as_4d(value),
             0,
@@ -212,7 +213,7 @@ class KVCache(Cache):
         written = list(self._written())
         rows = check_indices(indices, min((x.batch_size for _, x in written), default=2**31))
         for index, layer in written:
-            self._replace(index, core.select(core.CacheState((layer,)), rows, donate=True))
+            self._replace(index, core.select(core.of_layers(layer), rows, donate=True))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats each batch row `repeats` times: rows 0, 0, ..., 1, 1, ...
@@ -223,7 +224,7 @@ class KVCache(Cache):
         repeats = check_count(repeats, "repeats", 1)
         self._check_batched("batch_repeat_interleave")
         for index, layer in list(self._written()):
-            self._replace(index, core.repeat_interleave(core.CacheState((layer,)), repeats))
+            self._replace(index, core.repeat_interleave(core.of_layers(layer), repeats))
 
     def crop(self, max_length: int) -> None:
         """Keeps the latest `max_length` tokens; `cache_position` then counts from the first kept.
@@ -234,7 +235,7 @@ class KVCache(Cache):
         if not is_traced(max_length):
             max_length = check_count(max_length, "max_length")
         for index, layer in list(self._written()):
-            self._replace(index, core.crop(core.CacheState((layer,)), max_length, donate=True))
+            self._replace(index, core.crop(core.of_layers(layer), max_length, donate=True))
 
     @property
     def key_cache(self) -> list[jax.Array | None]:
@@ -254,7 +255,7 @@ class KVCache(Cache):
         query = as_array(query)
         if query.ndim < 2:
             raise ValueError(f"query must be (..., seq, head_dim), got {query.shape}")
-        out = attend(core.CacheState((layer,)), _as_4d(query), 0, **options)
+        out = attend(core.of_layers(layer), _as_4d(query), 0, **options)
         return out.reshape(*query.shape[:-1], out.shape[-1])
 
     def valid(self, layer_idx: int) -> jax.Array:
@@ -268,7 +269,7 @@ class KVCache(Cache):
         layer = self._layer(self._check_layer_idx(layer_idx))
         if layer is not None:
             check_alive(layer)
-            return core.positions(core.CacheState((layer,)), n, 0, cache_position)
+            return core.positions(core.of_layers(layer), n, 0, cache_position)
         if cache_position is not None:
             return jnp.atleast_1d(jnp.asarray(as_integers(cache_position, "cache_position")))
         return jnp.arange(n, dtype=jnp.int32)
@@ -286,7 +287,7 @@ class KVCache(Cache):
             raise ValueError(f"rollback needs n of at least 0, got {n}")
         if written:
             layers = tuple(layer for _, layer in written)
-            rolled = core.rollback(core.CacheState(layers), drop, donate=True)
+            rolled = core.rollback(core.of_layers(*layers), drop, donate=True)
             for (index, _), layer in zip(written, rolled.layers, strict=True):
                 self._layers[index].set_value(layer)
 
@@ -369,7 +370,7 @@ class DynamicKVCache(KVCache):
         Inside `nnx.jit` a cache cannot grow: its capacity is a shape.
         """
         for index, layer in list(self._written()):
-            self._replace(index, core.ensure_capacity(core.CacheState((layer,)), n))
+            self._replace(index, core.ensure_capacity(core.of_layers(layer), n))
 
 
 class StaticKVCache(KVCache):
@@ -528,21 +529,20 @@ def stored_tokens(layer: Layer, lead: tuple[int, ...]) -> tuple[jax.Array, jax.A
         return x.reshape(*lead, *x.shape[2:])
 
     if is_traced(layer):
-        keys, values, _ = core.get(core.CacheState((layer,)), 0)
+        keys, values, _ = core.get(core.of_layers(layer), 0)
         return shaped(keys), shaped(values)
     length = int(layer.length)
 
     def cut(leaf: jax.Array) -> jax.Array:
         if not leaf.is_fully_addressable or len(leaf.devices()) > 1:
-            return shaped(layer.codec.decode(leaf[:, :, :length]))  # sharded: stay on the devices
+            return shaped(lax.bitcast_convert_type(leaf[:, :, :length], layer.dtype))  # sharded: stay on the devices
         view = np.asarray(leaf)[:, :, :length].view(layer.dtype)
         # The buffer will be overwritten in place, so what the caller gets must be a copy. NumPy
         # makes it: device_put of a strided view takes 30 times as long.
         copy = np.array(view, order="C", copy=True)
         return jax.device_put(shaped(copy), *leaf.devices())
 
-    keys, values = layer.in_order()
-    return cut(keys), cut(values)
+    return cut(layer.key), cut(layer.value)
 
 
 def _check_sound(layer: Layer, index: int) -> None:

@@ -16,7 +16,7 @@ from lucid_jax.attention.attend import attend
 from lucid_jax.attention.dense import dot_product
 from lucid_jax.cache import state as core
 from lucid_jax.nn.cache import Cache, EncoderDecoderCache, KVCache
-from lucid_jax.nn.rope import rope
+from lucid_jax.attention.rope import rope
 
 
 class MultiHeadAttention(nnx.Module):
