@@ -7,9 +7,11 @@ The functional API is here (`init_cache`, `update`, `attend`, ...), stateful cac
 from lucid_jax import nn
 from lucid_jax.attention.attend import attend, extend, merge
 from lucid_jax.cache import codec as codecs
+from lucid_jax.cache import scoring
 from lucid_jax.cache.contiguous import Dynamic, Static
 from lucid_jax.cache.layer import Layer, LayerSpec
 from lucid_jax.cache.ring import Sliding
+from lucid_jax.cache.rows import compact, concat, extract, free, insert
 from lucid_jax.cache.state import (
     CacheState,
     Shared,
@@ -33,6 +35,8 @@ from lucid_jax.cache.state import (
     valid,
 )
 from lucid_jax.decode import Generation, Sampling, generate, stream
+from lucid_jax.plots import plot_occupancy
+from lucid_jax.report import MemoryReport, Plan, memory_report, plan, state_html
 from lucid_jax.tensor import (
     BFloat16,
     Bool,
@@ -47,6 +51,8 @@ from lucid_jax.tensor import (
     manual_seed,
     randn,
 )
+
+CacheState._repr_html_ = state_html  # type: ignore[attr-defined]
 
 __version__ = "0.1.0"
 
@@ -65,6 +71,8 @@ __all__ = [
     "Int64",
     "Layer",
     "LayerSpec",
+    "MemoryReport",
+    "Plan",
     "Sampling",
     "Shared",
     "Sliding",
@@ -74,24 +82,33 @@ __all__ = [
     "capacity",
     "check_overflow",
     "codecs",
+    "compact",
+    "concat",
     "crop",
     "ensure_capacity",
     "extend",
+    "extract",
+    "free",
     "generate",
     "get",
     "grow",
     "init_cache",
+    "insert",
     "manual_seed",
+    "memory_report",
     "merge",
     "nbytes",
     "nn",
     "overflowed",
+    "plan",
+    "plot_occupancy",
     "positions",
     "randn",
     "reorder",
     "repeat_interleave",
     "reset",
     "rollback",
+    "scoring",
     "select",
     "seq_length",
     "stream",

@@ -211,7 +211,9 @@ def _crop(repeats: int, quick: bool) -> Iterator[Row]:
 
     def crop(state: lj.CacheState) -> tuple[lj.CacheState]:
         (layer,) = state.layers  # pretend that it is full again, so that every turn has work
-        full = state.with_layers([layer.replace(start=layer.start * 0, position=layer.position * 0 + length)])
+        full = state.with_layers(
+            [layer.replace(start=layer.start * 0, position=layer.position * 0 + length)]
+        )
         return (lj.crop(full, kept),)
 
     ours = _carried(jax.jit(crop, donate_argnums=0), state)

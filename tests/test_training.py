@@ -14,8 +14,9 @@ from flax import nnx
 from lucid_jax.models.checkpoint import CheckpointError, load_model, save_model
 from lucid_jax.models.config import ModelConfig
 from lucid_jax.models.corpus import Document, split
+from lucid_jax.models.evaluate import bits_per_byte, pack
 from lucid_jax.models.tokenizer import Tokenizer
-from lucid_jax.models.train import Recipe, batch_at, bits_per_byte, pack, sample, train
+from lucid_jax.models.train import Recipe, batch_at, sample, train
 from lucid_jax.models.transformer import Transformer
 
 CORPUS = split(

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -222,7 +221,7 @@ def extend(
     if places is not None and not lasting:
         raise ValueError(
             f"{tokens} tokens came for {layer.spec}, which with cache_position= takes at most "
-            f"{layer.lookback + 1} at a time; send fewer, or give it more slack="
+            "slack + 1 at a time; send fewer, or give it more slack="
         )
     if tokens == 0:
         return _nothing(layer, query, return_lse), state
@@ -264,7 +263,8 @@ def merge(outs: Sequence[jax.Array], lses: Sequence[jax.Array]) -> tuple[jax.Arr
 
     Example:
         >>> import jax.numpy as jnp
-        >>> out, lse = merge([jnp.ones((1, 1, 1, 2)), jnp.zeros((1, 1, 1, 2))], [jnp.zeros((1, 1, 1))] * 2)
+        >>> outs = [jnp.ones((1, 1, 1, 2)), jnp.zeros((1, 1, 1, 2))]
+        >>> out, lse = merge(outs, [jnp.zeros((1, 1, 1))] * 2)
         >>> out[0, 0, 0].tolist(), round(float(lse[0, 0, 0]), 4)
         ([0.5, 0.5], 0.6931)
     """
@@ -366,7 +366,9 @@ def _over(
     wide = query.dtype if query.dtype.itemsize > 4 else jnp.dtype(jnp.float32)
     shape = (batch, kv_heads, heads // kv_heads * tokens)
     running = _Running(
-        jnp.full(shape, -jnp.inf, wide), jnp.zeros(shape, wide), jnp.zeros((*shape, value_dim), wide)
+        jnp.full(shape, -jnp.inf, wide),
+        jnp.zeros(shape, wide),
+        jnp.zeros((*shape, value_dim), wide),
     )
     for region in layer.regions(position, options.rope_theta is not None):
         rows = query.astype(wide)
@@ -543,9 +545,7 @@ def _as_scores_shape(x: Any, name: str, full: tuple[int, ...]) -> jax.Array | No
     return x.reshape(shape)
 
 
-def _score_block(
-    x: jax.Array, part: Part, begin: jax.Array, size: int, kv_heads: int
-) -> jax.Array:
+def _score_block(x: jax.Array, part: Part, begin: jax.Array, size: int, kv_heads: int) -> jax.Array:
     """The part of a (1|B, 1|N, 1|T, 1|C) mask or bias over one block, as (·, H|1, G|1, ·, S|1)."""
     if x.shape[-1] > 1:
         if part.in_order:

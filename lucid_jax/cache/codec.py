@@ -48,6 +48,9 @@ class Identity:
         return Raw(dtype, head_dim), Raw(dtype, value_head_dim)
 
 
+PLAIN = Identity()  # the codec of a layout that names none
+
+
 @dataclasses.dataclass(frozen=True)
 class Int8:
     """Eight bits a number, one float32 scale a token and head: 1.94 times smaller than bfloat16.

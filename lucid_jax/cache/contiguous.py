@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from jax import lax
 
 from lucid_jax.cache import slots
 from lucid_jax.cache.checks import check_count
-from lucid_jax.cache.codec import Codec, Identity
+from lucid_jax.cache.codec import PLAIN, Codec
 from lucid_jax.cache.layer import Chunk, Layer, blank
 from lucid_jax.cache.part import Region
 
@@ -36,7 +36,7 @@ class Static:
     """
 
     capacity: int
-    codec: Codec = Identity()
+    codec: Codec = PLAIN
     track: bool = False
     growable = False
 
@@ -61,7 +61,7 @@ class Dynamic:
         track: as for `Static`.
     """
 
-    codec: Codec = Identity()
+    codec: Codec = PLAIN
     track: bool = False
     growable = True
 
@@ -76,6 +76,11 @@ class Places:
 
     position: jax.Array  # int32 (B, H, C): absolute position of the token in each slot
     floor: jax.Array  # int32 [] or [B]: position at the latest eviction; no rollback goes below
+
+    if TYPE_CHECKING:
+
+        def replace(self, **updates: Any) -> Places:
+            """A copy with some fields changed; flax adds it."""
 
 
 @struct.dataclass(repr=False)
@@ -182,9 +187,7 @@ class Contiguous(Layer):
         return self.replace(
             key=jax.tree.map(put, self.key, key_form.encode(key)),
             value=jax.tree.map(put, self.value, value_form.encode(value)),
-        ).advanced(
-            added, ok, f"write outside the capacity of {self.capacity}; nothing was written"
-        )
+        ).advanced(added, ok, f"write outside the capacity of {self.capacity}; nothing was written")
 
     def keep_latest(self, max_length: jax.Array) -> Self:
         """See `Layer.keep_latest`. The kept tokens move to the front, by whole groups."""
@@ -244,6 +247,32 @@ class Contiguous(Layer):
         if self.places is None:
             return jnp.ones_like(self.overflowed)
         return position >= self.places.floor
+
+    def put_rows(self, rows: jax.Array, other: Layer) -> Self:
+        """See `Layer.put_rows`."""
+        moved = super().put_rows(rows, other)
+        if self.places is None:
+            return moved
+        assert isinstance(other, Contiguous)
+        new = other.tracked().places
+        assert new is not None
+        target = jnp.where(other.length <= self.capacity, rows, self.batch_size)
+        used = jnp.minimum(other.slots_in_use(), self.num_slots)
+        floor = jnp.broadcast_to(new.floor, rows.shape)
+        return moved.replace(
+            places=Places(
+                position=slots.put_rows(self.places.position, new.position, target, used),
+                floor=self.places.floor.at[target].set(floor, mode="drop"),
+            )
+        )
+
+    def free(self, gone: jax.Array) -> Self:
+        """See `Layer.free`."""
+        freed = super().free(gone)
+        if self.places is None:
+            return freed
+        floor = jnp.where(gone, 0, self.places.floor)
+        return freed.replace(places=self.places.replace(floor=floor))
 
     def reset(self) -> Self:
         """See `Layer.reset`."""

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -145,21 +147,42 @@ class Nibbles(Form):
 
     def scores(self, rows: jax.Array, stored: dict[str, jax.Array]) -> jax.Array:
         """See `Form.scores`."""
-        rows = rows.reshape(*rows.shape[:3], -1, self.group)
-        raw = jnp.einsum("bhrgd,bhsgd->bhgrs", rows, self._groups(stored, rows.dtype))
+        sums = rows.reshape(*rows.shape[:3], -1, self.group).sum(axis=-1)
         offset, scale = (_as_float(stored[name]).astype(rows.dtype) for name in ("offset", "scale"))
-        scaled = raw * jnp.moveaxis(scale, 3, 2)[:, :, :, None]
-        return scaled.sum(axis=2) + jnp.einsum("bhrg,bhsg->bhrs", rows.sum(axis=-1), offset)
+        total = jnp.einsum("bhrg,bhsg->bhrs", sums, offset)
+        for group, begin, codes in self._pieces(stored, rows.dtype):
+            part = rows[..., begin : begin + codes.shape[3]]
+            raw = jnp.einsum("bhrd,bhsd->bhrs", part, codes)
+            total = total + raw * scale[:, :, None, :, group]
+        return total
 
     def mix(self, weights: jax.Array, stored: dict[str, jax.Array]) -> jax.Array:
         """See `Form.mix`."""
         offset, scale = (
             _as_float(stored[name]).astype(weights.dtype) for name in ("offset", "scale")
         )
-        scaled = weights[:, :, None] * jnp.moveaxis(scale, 3, 2)[:, :, :, None]  # (B, H, g, R, S)
-        out = jnp.einsum("bhgrs,bhsgd->bhrgd", scaled, self._groups(stored, weights.dtype))
-        out = out + jnp.einsum("bhrs,bhsg->bhrg", weights, offset)[..., None]
-        return out.reshape(*out.shape[:3], self.dim)
+        shift = jnp.einsum("bhrs,bhsg->bhrg", weights, offset)
+        parts = {}
+        for group, begin, codes in self._pieces(stored, weights.dtype):
+            scaled = weights * scale[:, :, None, :, group]
+            mixed = jnp.einsum("bhrs,bhsd->bhrd", scaled, codes)
+            parts[begin] = mixed + shift[..., group : group + 1]
+        return jnp.concatenate([parts[begin] for begin in sorted(parts)], axis=-1)
+
+    def _pieces(
+        self, stored: dict[str, jax.Array], dtype: jnp.dtype
+    ) -> Iterator[tuple[int, int, jax.Array]]:
+        """Codes (B, H, S, w) of runs of channels, each in one group and one half of the bytes.
+
+        So no array of all the channels is put together first, which costs more than the products.
+        Yields (group, first channel, codes).
+        """
+        half = stored["codes"].shape[3]
+        width = math.gcd(self.group, half)
+        nibbles = stored["codes"] & jnp.uint8(15), stored["codes"] >> jnp.uint8(4)
+        for begin in range(0, self.dim, width):
+            side, at = divmod(begin, half)
+            yield begin // self.group, begin, nibbles[side][..., at : at + width].astype(dtype)
 
     def _groups(self, stored: dict[str, jax.Array], dtype: jnp.dtype) -> jax.Array:
         codes = _unpack(stored["codes"], self.dim)

@@ -101,7 +101,7 @@ class Layer(abc.ABC):
     position: jax.Array  # int32 [] or [B]: tokens ever seen, the next absolute position
     reach: jax.Array  # int32 [] or [B]: largest position ever; what rollback left lies below
     overflowed: jax.Array  # bool [] or [B]: sticky, a traced operation asked for the impossible
-    spec: LayerSpec = struct.field(pytree_node=False)
+    spec: Any = struct.field(pytree_node=False)  # the LayerSpec it was made from
     packing: Packing = struct.field(pytree_node=False)
 
     if TYPE_CHECKING:
@@ -112,10 +112,13 @@ class Layer(abc.ABC):
     def __repr__(self) -> str:
         """Sizes rather than megabytes of numbers."""
         sizes = f"B={self.batch_size}, H={self.num_kv_heads}, C={self.capacity}"
-        length = "traced"
-        if not is_traced(self.position):
-            gone = self.position.is_deleted()
-            length = "donated" if gone else np.asarray(self.length).tolist()
+        length: Any = "traced"
+        leaves = jax.tree.leaves(self)
+        if all(isinstance(leaf, (jax.Array, np.ndarray)) for leaf in leaves):
+            if any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in leaves):
+                length = "donated"
+            elif not is_traced(leaves):
+                length = np.asarray(self.length).tolist()
         dims = f"D={self.packing.head_dim}"
         return f"{type(self).__name__}({self.spec}, {sizes}, {dims}, {self.dtype}, length={length})"
 
@@ -286,7 +289,9 @@ class Layer(abc.ABC):
             assert chunk.raw is not None
             recent = residual.put(recent, chunk.raw, chunk.first, self.position, chunk.count)
         return self.replace(recent=recent).advanced(
-            chunk.count, chunk.ok, f"append past the capacity of {self.capacity}; nothing was written"
+            chunk.count,
+            chunk.ok,
+            f"append past the capacity of {self.capacity}; nothing was written",
         )
 
     def advanced(self, by: jax.Array, ok: jax.Array, what: str) -> Self:
@@ -472,6 +477,52 @@ class Layer(abc.ABC):
             recent=jax.tree.map(lambda leaf: slots.select_rows(leaf, rows, whole), self.recent)
         )
 
+    def put_rows(self, rows: jax.Array, other: Layer) -> Self:
+        """This layer with rows `rows`, int32 [B'], replaced by those of a like layer.
+
+        Only slots in use move. A row out of range, or one that does not fit, stays as it was and is
+        flagged. The other layer may have fewer or more slots, or be aligned.
+        """
+        inside = (rows >= 0) & (rows < self.batch_size)
+        fits = other.length <= self.capacity
+        rows_ok = inside & fits
+        target = jnp.where(rows_ok, rows, self.batch_size)
+        changes: dict[str, Any] = {}
+        for name in ("key", "value", "recent"):
+            used = jnp.int32(other.num_slots)
+            if name != "recent":
+                used = jnp.minimum(other.slots_in_use(), self.num_slots)
+
+            def move(leaf: jax.Array, new: jax.Array, used: jax.Array = used) -> jax.Array:
+                stride = max(1, self.num_slots // leaf.shape[2])
+                return slots.put_rows(leaf, new, target, -(-used // stride))
+
+            changes[name] = jax.tree.map(move, getattr(self, name), getattr(other, name))
+        for name in ("start", "position", "reach"):
+            new = jnp.broadcast_to(getattr(other, name), rows.shape)
+            changes[name] = getattr(self, name).at[target].set(new, mode="drop")
+        refused = jnp.zeros(self.batch_size, bool)
+        refused = refused.at[jnp.where(inside & ~fits, rows, self.batch_size)].set(
+            True, mode="drop"
+        )
+        # A row that does not exist is nobody's: every row says so.
+        ok = ~refused & jnp.all(inside)
+        changes["overflowed"] = self.overflowed.at[target].set(
+            jnp.broadcast_to(other.overflowed, rows.shape), mode="drop"
+        )
+        layer = self.replace(**changes)
+        return layer.replace(overflowed=layer.flag(ok, "insertion of rows that do not fit"))
+
+    def free(self, gone: jax.Array) -> Self:
+        """Empties the rows where `gone`, bool [B]."""
+        empty = self.reset()
+        return self.replace(
+            **{
+                name: jnp.where(gone, getattr(empty, name), getattr(self, name))
+                for name in ("start", "position", "reach", "overflowed")
+            }
+        )
+
     def can_rollback(self, n: jax.Array) -> jax.Array:
         """Whether the latest `n` tokens (int32 [] or [B]) can be dropped as if they never came."""
         position = self.position - n
@@ -499,7 +550,22 @@ class Layer(abc.ABC):
 
 
 class LayerSpec(Protocol):
-    """What `init_cache` takes: a small, hashable description that builds empty layer states."""
+    """What `init_cache` takes: a small, hashable description that builds empty layer states.
+
+    Attributes:
+        codec: how tokens are stored.
+        growable: whether the host may add slots.
+    """
+
+    @property
+    def codec(self) -> Codec:
+        """How tokens are stored."""
+        ...
+
+    @property
+    def growable(self) -> bool:
+        """Whether the host may add slots."""
+        ...
 
     def init(
         self,

@@ -65,11 +65,17 @@ def whole_groups(raw: Pair, first: jax.Array, start: jax.Array, group: int, toke
     index = jnp.arange(size, dtype=jnp.int32)
     last = index // group * group + group - 1
     position = slots.span(first, size)
-    source = jnp.where(position >= start[..., None], index.reshape(*(1,) * first.ndim, -1), last.reshape(*(1,) * first.ndim, -1))
+    source = jnp.where(
+        position >= start[..., None],
+        index.reshape(*(1,) * first.ndim, -1),
+        last.reshape(*(1,) * first.ndim, -1),
+    )
     return slots.take(raw[0], source), slots.take(raw[1], source)
 
 
-def put(recent: Recent, raw: Pair, first: jax.Array, position: jax.Array, count: jax.Array) -> Recent:
+def put(
+    recent: Recent, raw: Pair, first: jax.Array, position: jax.Array, count: jax.Array
+) -> Recent:
     """Writes the tokens at positions [position, position + count) of a raw window from `first`."""
     size = recent.size
     tokens = min(size, raw[0].shape[2] - size)  # of a longer chunk only the latest stay

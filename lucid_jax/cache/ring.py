@@ -16,7 +16,7 @@ from flax import struct
 
 from lucid_jax.cache import slots
 from lucid_jax.cache.checks import check_count
-from lucid_jax.cache.codec import Codec, Identity
+from lucid_jax.cache.codec import PLAIN, Codec
 from lucid_jax.cache.layer import Chunk, Layer, blank
 from lucid_jax.cache.part import Region
 
@@ -40,7 +40,7 @@ class Sliding:
     window: int
     sinks: int = 0
     slack: int = 0
-    codec: Codec = Identity()
+    codec: Codec = PLAIN
     growable = False
 
     def __post_init__(self) -> None:

@@ -144,3 +144,26 @@ def select_rows(leaf: jax.Array, rows: jax.Array, stop: jax.Array) -> jax.Array:
         return write_window(out, moved, begin, span(begin, size) >= low)
 
     return lax.fori_loop(0, -(-stop // size), body, out)
+
+
+def put_rows(leaf: jax.Array, new: jax.Array, rows: jax.Array, stop: jax.Array) -> jax.Array:
+    """Copies batch row i of `new` to row `rows[i]` of `leaf`, the slots below `stop` (int32 []).
+
+    Rows, int32 [B'], are distinct; one outside [0, B) is left out. The leaves may differ in slots.
+    """
+    capacity = min(leaf.shape[2], new.shape[2])
+    size = min(capacity, _MOVE_BLOCK)
+    count = rows.shape[0]
+
+    def body(turn: jax.Array, leaf: jax.Array) -> jax.Array:
+        row, begin = turn % count, jnp.minimum(turn // count * size, capacity - size)
+        to = jnp.clip(rows[row], 0, leaf.shape[0] - 1)
+        rest = (0,) * (leaf.ndim - 3)
+        shape = (1, leaf.shape[1], size, *leaf.shape[3:])
+        moved = lax.dynamic_slice(new, (row, 0, begin, *rest), shape)
+        old = lax.dynamic_slice(leaf, (to, 0, begin, *rest), shape)
+        return lax.dynamic_update_slice(
+            leaf, jnp.where(to == rows[row], moved, old), (to, 0, begin, *rest)
+        )
+
+    return lax.fori_loop(0, -(-stop // size) * count, body, leaf)

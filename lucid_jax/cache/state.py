@@ -185,7 +185,9 @@ def init_cache(
         else _each_layer(value_head_dim, "value_head_dim", len(specs)),
     }
     dtype = jax.dtypes.canonicalize_dtype(dtype)
-    layers, owners, reads = [], [], []
+    layers: list[Layer] = []
+    owners: list[int] = []
+    reads: list[int] = []
     for index, one in enumerate(specs):
         if isinstance(one, Shared):
             target = check_count(one.layer_idx, "layer_idx of Shared")
@@ -327,7 +329,12 @@ def _read(layer: Layer) -> tuple[jax.Array, jax.Array, jax.Array]:
     valid = layer.valid()
     mask = valid.reshape(-1, 1, layer.capacity, 1)
     # where, not a product: what is not live may be NaN, and 0 * NaN is NaN.
-    key, value = (jnp.where(mask, x, jnp.zeros((), x.dtype)) for x in layer.tokens())
+    forms = zip(layer.packing.raw_forms, layer.tokens(), strict=True)
+    # As bits: to choose between narrow floats XLA may widen them, which alters some NaNs.
+    key, value = (
+        form.decode(jnp.where(mask, bits := form.encode(x), jnp.zeros((), bits.dtype)))
+        for form, x in forms
+    )
     return key, value, valid
 
 
@@ -598,7 +605,8 @@ def grow(state: CacheState, capacity: int) -> CacheState:
     check_alive(state)
     layers = []
     for index, layer in enumerate(state.layers):
-        roomy = layer if need <= layer.capacity else layer.with_room(need)
+        enough = need <= layer.capacity or not layer.bounded
+        roomy = layer if enough else layer.with_room(need)
         if roomy is None:
             raise ValueError(no_room(f"layer {index} cannot grow: {need} tokens", need, layer))
         layers.append(roomy)
@@ -607,6 +615,8 @@ def grow(state: CacheState, capacity: int) -> CacheState:
 
 def ensure_capacity(state: CacheState, n: int) -> CacheState:
     """Makes room for `n` more tokens in every row before a compiled chunk of steps; see `grow`.
+
+    Sliding layers need none.
 
     Example:
         >>> import lucid_jax as lj
@@ -624,3 +634,19 @@ def ensure_capacity(state: CacheState, n: int) -> CacheState:
     check_alive(state)
     longest = max(int(np.max(np.asarray(layer.length))) for layer in state.layers)
     return grow(state, max(1, longest + check_count(n, "n")))
+
+
+def room(state: CacheState) -> int | None:
+    """Tokens that every row can still take without growing; None if there is no bound.
+
+    Needs a concrete state.
+    """
+    check_alive(state)
+    return min(
+        (
+            layer.capacity - int(np.max(np.asarray(layer.length)))
+            for layer in state.layers
+            if layer.bounded
+        ),
+        default=None,
+    )

@@ -101,8 +101,8 @@ def generate(
         model: an nnx module such as `lucid_jax.models.Transformer`; see `LanguageModel`.
         prompts: token ids, one list per row, of any lengths; or an int array (B, T).
         max_new_tokens: the most tokens to add to a row.
-        cache: spec of the cache, `Static(...)` or `Dynamic()`, or one per layer. By default static
-            with exactly the room needed.
+        cache: spec of the cache, `Static(...)`, `Dynamic()` or `Sliding(...)`, or one per layer. By
+            default static with exactly the room needed.
         sampling: how to choose tokens; greedy by default.
         seed: of the random choices. A row's draws depend on (seed, row, step) alone.
         stop_tokens: ids that end a row.
@@ -273,12 +273,11 @@ def _run(
     step = 1
     while step < max_new_tokens and not bool(np.all(loop.done)):
         call = min(tokens_per_call, max_new_tokens - step)
-        filled = max(int(np.max(layer.length)) for layer in loop.cache.layers)
-        room = min(layer.capacity for layer in loop.cache.layers) - filled
+        room = core.room(loop.cache)
         if room == 0:
             loop = loop.replace(cache=core.ensure_capacity(loop.cache, 1))
-            room = min(layer.capacity for layer in loop.cache.layers) - filled
-        limit = step + min(call, room)
+            room = core.room(loop.cache)
+        limit = step + (call if room is None else min(call, room))
         loop = _decode(graph, params, loop, np.int32(limit), sampling, tuple(stop_tokens))
         core.check_overflow(loop.cache)
         step = limit
@@ -384,7 +383,7 @@ def _out_size(max_new_tokens: int) -> int:
 
 def _check_room(state: core.CacheState, need: int) -> None:
     for layer in state.layers:
-        if need > layer.capacity and not layer.can_grow:
+        if need > layer.capacity and layer.bounded and not layer.spec.growable:
             raise ValueError(
                 f"they need {need} slots, but the capacity is {layer.capacity}; "
                 "shorten the prompt, lower max_new_tokens, or give the cache more capacity"

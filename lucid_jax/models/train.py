@@ -28,9 +28,11 @@ import safetensors
 import safetensors.numpy
 from flax import nnx
 
+from lucid_jax.decode import Sampling, generate
 from lucid_jax.models.checkpoint import load_model, save_model, write_atomically
 from lucid_jax.models.config import ModelConfig
-from lucid_jax.models.corpus import Corpus, Document, num_bytes, python_corpus
+from lucid_jax.models.corpus import Corpus, num_bytes, python_corpus
+from lucid_jax.models.evaluate import bits_per_byte, pack
 from lucid_jax.models.tokenizer import Tokenizer
 from lucid_jax.models.transformer import Transformer
 
@@ -102,15 +104,6 @@ class Progress:
             self.pending.clear()
 
 
-def pack(tokenizer: Tokenizer, documents: Sequence[Document]) -> np.ndarray:
-    """One int32 stream: each document after an `<|endoftext|>`, and one at the end."""
-    stream = [tokenizer.end_of_text_id]
-    for ids in tokenizer.encode_batch([document.text for document in documents]):
-        stream.extend(ids)
-        stream.append(tokenizer.end_of_text_id)
-    return np.asarray(stream, np.int32)
-
-
 def batch_at(stream: np.ndarray, recipe: Recipe, step: int) -> np.ndarray:
     """The batch of a step, int32 (rows, context + 1): inputs and, shifted by one, targets.
 
@@ -157,46 +150,6 @@ def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
             mask=lambda params: jax.tree.map(lambda x: x.ndim > 1, params),
         ),
     )
-
-
-def bits_per_byte(
-    model: Transformer, stream: np.ndarray, size: int, context: int, rows: int = 8
-) -> float:
-    """Scores a stream in windows of `context` tokens, none seeing the one before it.
-
-    Args:
-      model: what to score.
-      stream: packed documents, int32 [n]; every token but the first is predicted once, the
-        separators too.
-      size: UTF-8 bytes of the documents.
-      context: tokens a prediction may see, at most.
-      rows: windows scored at a time.
-
-    Returns:
-      Bits of all predictions, divided by `size`.
-    """
-    graph, params = nnx.split(model)
-    targets = len(stream) - 1
-    windows = -(-targets // context)
-    windows_padded = -(-windows // rows) * rows
-    padded = np.zeros(windows_padded * context + 1, np.int32)
-    padded[: len(stream)] = stream
-    nats = 0.0
-    for first in range(0, windows_padded, rows):
-        starts = np.arange(first, first + rows) * context
-        indices = starts[:, None] + np.arange(context + 1)
-        mask = indices[:, 1:] <= targets
-        nats += float(_sum_nats(graph, params, jnp.asarray(padded[indices]), jnp.asarray(mask)))
-    return nats / math.log(2) / size
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _sum_nats(
-    graph: nnx.GraphDef, params: nnx.State, batch: jax.Array, mask: jax.Array
-) -> jax.Array:
-    logits = nnx.merge(graph, params)(batch[:, :-1])
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch[:, 1:])
-    return jnp.sum(losses, where=mask)
 
 
 def make_train_step(
@@ -348,22 +301,18 @@ def sample(
     temperature: float = 0.8,
     seed: int = 0,
 ) -> str:
-    """Continues a prompt without a cache, to look at what a run has learned."""
-    length = min(model.config.max_position_embeddings, 256)
-    ids = [tokenizer.end_of_text_id, *tokenizer.encode(prompt)]
-    random = np.random.default_rng(seed)
-    forward = nnx.jit(lambda m, tokens: m(tokens))
-    for _ in range(num_tokens):
-        window = ids[-length:]
-        tokens = np.zeros((1, length), np.int32)  # one shape, one compilation
-        tokens[0, : len(window)] = window
-        logits = np.asarray(forward(model, jnp.asarray(tokens))[0, len(window) - 1], np.float64)
-        weights = np.exp((logits - logits.max()) / temperature)
-        chosen = int(random.choice(len(weights), p=weights / weights.sum()))
-        if chosen == tokenizer.end_of_text_id:
-            break
-        ids.append(chosen)
-    return tokenizer.decode(ids)
+    """Continues a prompt, to look at what a run has learned."""
+    end = tokenizer.end_of_text_id
+    result = generate(
+        model,
+        [[end, *tokenizer.encode(prompt)]],
+        max_new_tokens=num_tokens,
+        sampling=Sampling(temperature=temperature),
+        seed=seed,
+        stop_tokens=[end],
+    )
+    (new,) = result.rows()
+    return prompt + tokenizer.decode([token for token in new if token != end])
 
 
 def plot_curve(path: Path | str, progress: Progress, recipe: Recipe) -> None:

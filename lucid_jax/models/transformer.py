@@ -51,7 +51,15 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     """Pre-norm attention and MLP, each added to the residual stream."""
 
-    def __init__(self, config: ModelConfig, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        dtype: Any,
+        param_dtype: Any,
+        rngs: nnx.Rngs,
+        rope_by_place: bool = False,
+    ):
         """Builds the block's norms, attention and MLP."""
         dtypes: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
         self.input_layernorm = _norm(config, dtypes, rngs)
@@ -61,6 +69,7 @@ class Block(nnx.Module):
             config.kv_heads,
             config.dim_per_head,
             rope_theta=config.rope_theta,
+            rope_by_place=rope_by_place,
             kernel_init=nnx.initializers.normal(_INIT_STD),
             out_init=nnx.initializers.normal(_residual_std(config)),
             rngs=rngs,
@@ -98,6 +107,7 @@ class Transformer(nnx.Module):
         *,
         dtype: jnp.dtype | None = None,
         param_dtype: jnp.dtype = jnp.float32,
+        rope_by_place: bool = False,
         rngs: nnx.Rngs,
     ):
         """Builds a model with random weights.
@@ -106,6 +116,8 @@ class Transformer(nnx.Module):
           config: its sizes.
           dtype: dtype to compute in; by default `param_dtype`.
           param_dtype: dtype the parameters are kept in.
+          rope_by_place: see `MultiHeadAttention`: with a sliding cache, text of any length keeps
+            to the positions that were trained.
           rngs: source of the parameters.
         """
         dtype = param_dtype if dtype is None else dtype
@@ -120,7 +132,10 @@ class Transformer(nnx.Module):
             **dtypes,
         )
         self.layers = nnx.List(
-            [Block(config, rngs=rngs, **dtypes) for _ in range(config.num_hidden_layers)]
+            [
+                Block(config, rngs=rngs, rope_by_place=rope_by_place, **dtypes)
+                for _ in range(config.num_hidden_layers)
+            ]
         )
         self.norm = _norm(config, dtypes, rngs)
         self.lm_head = (

@@ -1,5 +1,6 @@
 """Stateful caches with the `lucid.nn` API, and flax modules that take a cache."""
 
+from lucid_jax.attention.rope import rope
 from lucid_jax.nn.cache import (
     Cache,
     DynamicKVCache,
@@ -8,7 +9,6 @@ from lucid_jax.nn.cache import (
     StaticKVCache,
 )
 from lucid_jax.nn.mha import MultiHeadAttention
-from lucid_jax.attention.rope import rope
 
 __all__ = [
     "Cache",

@@ -535,7 +535,9 @@ def stored_tokens(layer: Layer, lead: tuple[int, ...]) -> tuple[jax.Array, jax.A
 
     def cut(leaf: jax.Array) -> jax.Array:
         if not leaf.is_fully_addressable or len(leaf.devices()) > 1:
-            return shaped(lax.bitcast_convert_type(leaf[:, :, :length], layer.dtype))  # sharded: stay on the devices
+            return shaped(
+                lax.bitcast_convert_type(leaf[:, :, :length], layer.dtype)
+            )  # sharded: stay on the devices
         view = np.asarray(leaf)[:, :, :length].view(layer.dtype)
         # The buffer will be overwritten in place, so what the caller gets must be a copy. NumPy
         # makes it: device_put of a strided view takes 30 times as long.

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike
 
-from lucid_jax.attention.attend import attend
+from lucid_jax.attention.attend import attend, extend
 from lucid_jax.attention.dense import dot_product
+from lucid_jax.attention.rope import rope
 from lucid_jax.cache import state as core
 from lucid_jax.nn.cache import Cache, EncoderDecoderCache, KVCache
-from lucid_jax.attention.rope import rope
 
 
 class MultiHeadAttention(nnx.Module):
@@ -30,6 +30,7 @@ class MultiHeadAttention(nnx.Module):
       num_kv_heads: key/value heads H; each serves N / H query heads.
       head_dim: width D of one head.
       rope_theta: base of the rotary positions, or None for none.
+      rope_by_place: whether rotary positions are places in the cache, not absolute positions.
 
     Example:
       >>> import lucid_jax.nn as nn
@@ -49,6 +50,7 @@ class MultiHeadAttention(nnx.Module):
         use_bias: bool = False,
         kv_hidden_size: int | None = None,
         rope_theta: float | None = None,
+        rope_by_place: bool = False,
         scale: float | None = None,
         softcap: float | None = None,
         window: int | None = None,
@@ -69,6 +71,8 @@ class MultiHeadAttention(nnx.Module):
           kv_hidden_size: width of what keys and values are made from in cross-attention; by default
             `hidden_size`.
           rope_theta: base of the rotary positions; None leaves queries and keys unrotated.
+          rope_by_place: store keys unrotated and rotate them at attention by their place in the
+            cache (StreamingLLM): with `Sliding`, positions then never exceed what was trained.
           scale: multiplies the scores; by default 1 / sqrt(head_dim).
           softcap: bounds the scores, see `lucid_jax.attend`.
           window: if given, a query sees itself and the `window - 1` positions before it.
@@ -107,7 +111,10 @@ class MultiHeadAttention(nnx.Module):
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
+        if rope_by_place and rope_theta is None:
+            raise ValueError("rope_by_place=True needs rope_theta, the base of the positions")
         self.rope_theta = rope_theta
+        self.rope_by_place = rope_by_place
         self.scale, self.softcap, self.window = scale, softcap, window
         kernel_init = nnx.initializers.lecun_normal() if kernel_init is None else kernel_init
         kv_hidden_size = hidden_size if kv_hidden_size is None else kv_hidden_size
@@ -157,7 +164,8 @@ class MultiHeadAttention(nnx.Module):
             0 ... T-1) are not wanted.
           cache_position: where in the cache the tokens go, see `lucid_jax.update`.
           lengths: int32 [B], ragged pure caches: how many of each row's tokens are real.
-          mask: bool, broadcastable to (B, N, T, keys): with a cache, keys are its capacity.
+          mask: bool, broadcastable to (B, N, T, keys): with a cache, keys are its capacity; with a
+            sliding one, see `lucid_jax.extend`.
           bias: float, broadcastable likewise, added to the scores.
 
         Returns:
@@ -178,7 +186,13 @@ class MultiHeadAttention(nnx.Module):
                 raise ValueError(
                     "encoder_hidden= is for is_cross_attention=True; set it, or drop it"
                 )
-            if self.rope_theta is not None and positions is None:
+            by_place = self.rope_by_place and cache is not None
+            if by_place and positions is not None:
+                raise ValueError(
+                    "positions= are absolute, but rope_by_place=True counts places in the cache; "
+                    "drop one of them"
+                )
+            if self.rope_theta is not None and positions is None and not by_place:
                 positions = _next_positions(cache, tokens, layer_idx, cache_position)
             new = self._keys_values(hidden, positions)
             query = self._rotate(query, positions)
@@ -202,7 +216,12 @@ class MultiHeadAttention(nnx.Module):
             return self._merge_heads(dot_product(query, *new, **options))
         if not is_cross_attention:
             options |= {"lengths": lengths, "cache_position": cache_position}
+            options["rope_theta"] = self.rope_theta if self.rope_by_place else None
         if isinstance(cache, core.CacheState):
+            if new is not None and not is_cross_attention:
+                del options["causal"]
+                out, cache = extend(cache, query, *new, layer_idx, **options)
+                return self._merge_heads(out), cache
             if new is not None:
                 cache = core.update(cache, *new, layer_idx, cache_position, lengths)
             return self._merge_heads(attend(cache, query, layer_idx, **options)), cache

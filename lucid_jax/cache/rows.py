@@ -1,0 +1,338 @@
+"""Batch rows as slots of a running batch (continuous batching), and eviction of chosen tokens.
+
+Verbs that move whole rows between states, `insert`, `extract`, `concat`, `free`, and `compact`, which
+keeps the tokens that a scorer (scoring.py) chose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from lucid_jax.cache.checks import as_array, check_alive, check_count, check_indices, is_traced
+from lucid_jax.cache.contiguous import Contiguous
+from lucid_jax.cache.layer import Layer
+from lucid_jax.cache.state import CacheState, grow, select
+
+
+def insert(
+    state: CacheState, rows: ArrayLike, other: CacheState, *, donate: bool = False
+) -> CacheState:
+    """Puts the sequences of another state into rows of this one, which forget what they held.
+
+    So a prompt prefilled alone joins a running batch. Only stored tokens move.
+
+    Args:
+        state: a ragged cache of B rows.
+        rows: int32 [B'], distinct, each in [0, B).
+        other: a cache of B' rows with the same layers and codecs; aligned or ragged. Its contiguous
+            layers may have another capacity, if what they hold fits.
+        donate: eager calls only: `state` must not be used again. (`other` stays valid.)
+
+    Returns:
+        The new state.
+
+    Raises:
+        ValueError: if the states do not match, rows repeat, or (eager) tokens do not fit. (Traced:
+            that row stays as it was and `overflowed` is set.)
+        IndexError: for a concrete row out of range.
+        TypeError: if rows are not integers.
+
+    Example:
+        >>> import jax.numpy as jnp, lucid_jax as lj
+        >>> sizes = dict(num_layers=1, num_kv_heads=2, head_dim=8)
+        >>> state = lj.init_cache(lj.Static(16), batch_size=4, ragged=True, **sizes)
+        >>> one = lj.init_cache(lj.Static(8), batch_size=1, **sizes)
+        >>> tokens = jnp.ones((1, 2, 5, 8))
+        >>> state = lj.insert(state, [2], lj.update(one, tokens, tokens, 0))
+        >>> lj.seq_length(state).tolist()
+        [0, 0, 5, 0]
+    """
+    check_alive((state, other))
+    _need_ragged(state, "insert")
+    places = check_indices(rows, state.batch_size)
+    _check_alike(state, other)
+    if places.shape != (other.batch_size,):
+        raise ValueError(
+            f"insert needs one row number per row of the other state: expected "
+            f"({other.batch_size},), got {places.shape}"
+        )
+    if isinstance(places, np.ndarray) and len(np.unique(places)) != len(places):
+        raise ValueError(f"rows must be distinct, got {places.tolist()}")
+    if is_traced(state, other, places):
+        return _insert(state, places, other)
+    longest = [int(np.max(np.asarray(layer.length))) for layer in other.layers]
+    state = _with_room_for(state, longest)
+    return (_insert_donated if donate else _insert_kept)(state, places, other)
+
+
+def _with_room_for(state: CacheState, longest: list[int]) -> CacheState:
+    if all(n <= layer.capacity for n, layer in zip(longest, state.layers, strict=True)):
+        return state
+    return grow(state, max(longest))
+
+
+def _insert(state: CacheState, rows: Any, other: CacheState) -> CacheState:
+    rows = jnp.asarray(rows)
+    return state.with_layers(
+        layer.put_rows(rows, new) for layer, new in zip(state.layers, other.layers, strict=True)
+    )
+
+
+_insert_kept = jax.jit(_insert)
+_insert_donated = jax.jit(_insert, donate_argnums=0)
+
+
+def extract(state: CacheState, row: ArrayLike) -> CacheState:
+    """One sequence as a state of its own, of batch size 1; `insert` puts it back.
+
+    Args:
+        state: the cache, which stays valid.
+        row: which row, an integer in [0, B), or a traced int32 [].
+
+    Raises:
+        IndexError: for a concrete row out of range. A traced one is clamped and sets `overflowed`.
+        TypeError: if it is not an integer.
+
+    Example:
+        >>> import lucid_jax as lj
+        >>> state = lj.init_cache(
+        ...     lj.Static(8), num_layers=1, batch_size=3, num_kv_heads=2, head_dim=8
+        ... )
+        >>> lj.extract(state, 1).batch_size
+        1
+    """
+    if is_traced(row):
+        return select(state, jnp.reshape(row, (1,)))
+    return select(state, np.array([check_count(row, "row", -(2**31))]))
+
+
+def concat(states: Sequence[CacheState]) -> CacheState:
+    """The rows of several states in one, in order.
+
+    Args:
+        states: caches with the same layers, codecs and capacities; all ragged, as rows of different
+            caches have different lengths.
+
+    Returns:
+        A new state of as many rows as all have together; the old ones stay valid.
+
+    Raises:
+        ValueError: if there are none, or they do not match.
+
+    Example:
+        >>> import lucid_jax as lj
+        >>> sizes = dict(num_layers=1, num_kv_heads=2, head_dim=8, ragged=True)
+        >>> a, b = (lj.init_cache(lj.Static(8), batch_size=n, **sizes) for n in (1, 3))
+        >>> lj.concat([a, b]).batch_size
+        4
+    """
+    states = list(states)
+    if not states:
+        raise ValueError("concat needs at least one state, got none")
+    check_alive(states)
+    first = states[0]
+    for other in states:
+        _need_ragged(other, "concat")
+        _check_alike(first, other)
+        for a, b in zip(first.layers, other.layers, strict=True):
+            if a.num_slots != b.num_slots or a.has_places != b.has_places:
+                raise ValueError(
+                    f"concat needs equal layers, got {a} and {b}; grow() the smaller one, or "
+                    "insert() its rows"
+                )
+    return _concat(tuple(states))
+
+
+@jax.jit
+def _concat(states: tuple[CacheState, ...]) -> CacheState:
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=0), *states)
+
+
+def free(state: CacheState, rows: ArrayLike, *, donate: bool = False) -> CacheState:
+    """Empties rows for the next sequences; what they held is never seen again.
+
+    Args:
+        state: a ragged cache of B rows.
+        rows: int32 [n], each in [0, B); or bool [B], True for rows to empty.
+        donate: eager calls only: the old state must not be used again.
+
+    Raises:
+        ValueError: if the cache is not ragged, or a mask is not [B].
+        IndexError: for a concrete row out of range.
+
+    Example:
+        >>> import jax.numpy as jnp, lucid_jax as lj
+        >>> state = lj.init_cache(
+        ...     lj.Static(8), num_layers=1, batch_size=3, num_kv_heads=2, head_dim=8, ragged=True
+        ... )
+        >>> tokens = jnp.ones((3, 2, 5, 8))
+        >>> lj.seq_length(lj.free(lj.update(state, tokens, tokens, 0), [0, 2])).tolist()
+        [0, 5, 0]
+    """
+    check_alive(state)
+    _need_ragged(state, "free")
+    array = as_array(rows)
+    if array.dtype == jnp.bool_:
+        if array.shape != (state.batch_size,):
+            raise ValueError(
+                f"a mask of rows must be ({state.batch_size},), got {array.shape}; "
+                "or pass row numbers"
+            )
+        gone = array
+    else:
+        numbers = jnp.asarray(check_indices(rows, state.batch_size))
+        each = jnp.arange(state.batch_size, dtype=jnp.int32)
+        gone = jnp.any(each[:, None] == numbers[None], axis=1)
+    if is_traced(state, gone):
+        return _free(state, gone)
+    return (_free_donated if donate else _free_kept)(state, gone)
+
+
+def _free(state: CacheState, gone: jax.Array) -> CacheState:
+    return state.with_layers(layer.free(gone) for layer in state.layers)
+
+
+_free_kept = jax.jit(_free)
+_free_donated = jax.jit(_free, donate_argnums=0)
+
+
+def compact(
+    state: CacheState, keep: ArrayLike, layer_idx: int, *, donate: bool = False
+) -> CacheState:
+    """Keeps chosen tokens of a layer and drops the others; order and absolute positions stay.
+
+    What eviction policies (H2O, SnapKV, KeyDiff, ...) and accepted paths of draft trees need. Heads
+    may keep different tokens, but equally many. New tokens go on from the same position, and causality
+    and `window=` go by the positions that the kept tokens had. Rolling back stops at tokens that were
+    there before.
+
+    Args:
+        state: the cache.
+        keep: bool, broadcastable to (B, H, C): which slots of `get` to keep; those that hold nothing
+            count for nothing. `keep_best` makes one from scores.
+        layer_idx: which layer: `Static` or `Dynamic`, with a codec that stores each token by itself.
+        donate: eager calls only: the old state must not be used again.
+
+    Returns:
+        The new state, whose layer has a position beside each token (`Static(..., track=True)` has it
+        from the start, as the carry of a loop must).
+
+    Raises:
+        ValueError: if the layer cannot evict, shapes do not match, or (eager) heads, or rows of an
+            aligned cache, keep different numbers of tokens. (Traced: those rows stay as they were and
+            `overflowed` is set.)
+        TypeError: if `keep` is not boolean.
+
+    Example:
+        >>> import jax.numpy as jnp, lucid_jax as lj
+        >>> state = lj.init_cache(
+        ...     lj.Static(6), num_layers=1, batch_size=1, num_kv_heads=2, head_dim=8
+        ... )
+        >>> tokens = jnp.ones((1, 2, 5, 8))
+        >>> state = lj.update(state, tokens, tokens, 0)
+        >>> state = lj.compact(state, jnp.array([True, False, False, True, True, False]), 0)
+        >>> int(lj.seq_length(state)), lj.positions(state, 1).tolist()
+        (3, [5])
+    """
+    layer = state.own_layer(layer_idx)
+    if not isinstance(layer, Contiguous) or layer.packing.codec.group > 1:
+        raise ValueError(
+            f"compact needs Static or Dynamic with a codec that stores each token by itself, got "
+            f"{layer.spec}; a window already evicts, and groups of tokens are quantized together"
+        )
+    chosen = as_array(keep)
+    if chosen.dtype != jnp.bool_:
+        raise TypeError(
+            f"keep must be boolean, got {chosen.dtype}; keep_best(scores, n) makes it from scores"
+        )
+    full = (layer.batch_size, layer.num_kv_heads, layer.capacity)
+    shape = (*(1,) * (3 - chosen.ndim), *chosen.shape)
+    if len(shape) != 3 or any(n not in (1, m) for n, m in zip(shape, full, strict=True)):
+        raise ValueError(
+            f"keep must broadcast to (batch, kv heads, capacity) = {full}, got {chosen.shape}"
+        )
+    chosen = chosen.reshape(shape)
+    if is_traced(layer, chosen):
+        return state.with_layer(layer_idx, _compact(layer, chosen))
+    if not np.asarray(_countable(layer, chosen)).all():
+        raise ValueError(
+            "compact needs every head to keep equally many tokens, and every row too unless the "
+            "cache is ragged; keep_best(scores, n) keeps n of each"
+        )
+    return state.with_layer(
+        layer_idx, (_compact_donated if donate else _compact_kept)(layer, chosen)
+    )
+
+
+def _kept(layer: Contiguous, chosen: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The tokens to keep, bool (B, H, C), and how many of each head, int32 (B, H)."""
+    valid = layer.valid().reshape(-1, 1, layer.capacity)
+    full = (layer.batch_size, layer.num_kv_heads, layer.capacity)
+    kept = jnp.broadcast_to(chosen & valid, full)
+    return kept, jnp.sum(kept, axis=-1, dtype=jnp.int32)
+
+
+@jax.jit
+def _countable(layer: Contiguous, chosen: jax.Array) -> jax.Array:
+    """Whether what is kept is equally many tokens, bool [] or [B]."""
+    _, counts = _kept(layer, chosen)
+    if layer.ragged:
+        return jnp.all(counts == counts[:, :1], axis=1)
+    return jnp.all(counts == counts[0, 0])
+
+
+def _compact(layer: Contiguous, chosen: jax.Array) -> Layer:
+    ok = _countable(layer, chosen)
+    everything = jnp.ones((1, 1, layer.capacity), bool)
+    chosen = jnp.where(ok.reshape(-1, 1, 1), chosen, everything)
+    kept, counts = _kept(layer, chosen)
+    # A stable sort brings the kept indices to the front, in order.
+    order = jnp.argsort(~kept, axis=-1, stable=True).astype(jnp.int32)
+    count = counts[:, 0] if layer.ragged else counts[0, 0]
+    smaller = layer.compact(order, count)
+    return smaller.replace(
+        overflowed=smaller.flag(ok, "compact of unequal numbers of tokens; nothing was dropped")
+    )
+
+
+_compact_kept = jax.jit(_compact)
+_compact_donated = jax.jit(_compact, donate_argnums=0)
+
+
+def _need_ragged(state: CacheState, verb: str) -> None:
+    if not state.ragged:
+        raise ValueError(
+            f"{verb} needs a ragged cache, where each row has its own length; "
+            "make it with init_cache(..., ragged=True)"
+        )
+
+
+def _check_alike(state: CacheState, other: CacheState) -> None:
+    """Raises unless rows of one can live in the other."""
+
+    def kind(layer: Layer) -> tuple:
+        layout = Contiguous if isinstance(layer, Contiguous) else layer.spec
+        return (layout, layer.packing, layer.num_kv_heads)
+
+    if state.reads != other.reads:
+        raise ValueError(
+            f"states must have the same layers, got {state.num_layers} and {other.num_layers}, "
+            f"reading {state.reads} and {other.reads}"
+        )
+    for index, (a, b) in enumerate(zip(state.layers, other.layers, strict=True)):
+        if a.has_places and not b.has_places:
+            raise ValueError(
+                f"layer {index} of the other state has evicted tokens and remembers their positions; "
+                "make this state with track=True, so that it can too"
+            )
+        if kind(a) != kind(b):
+            raise ValueError(
+                f"layer {index} of the states must have the same layout, codec, heads and widths, "
+                f"got {a} and {b}"
+            )
