@@ -35,8 +35,10 @@ from lucid_jax.cache.state import (
     valid,
 )
 from lucid_jax.decode import Generation, Sampling, generate, stream
+from lucid_jax.files import CacheFileError, load, save
+from lucid_jax.planning import Plan, plan
 from lucid_jax.plots import plot_occupancy
-from lucid_jax.report import MemoryReport, Plan, memory_report, plan, state_html
+from lucid_jax.report import MemoryReport, memory_report, state_html
 from lucid_jax.tensor import (
     BFloat16,
     Bool,
@@ -59,6 +61,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BFloat16",
     "Bool",
+    "CacheFileError",
     "CacheState",
     "Dynamic",
     "Float16",
@@ -94,6 +97,7 @@ __all__ = [
     "grow",
     "init_cache",
     "insert",
+    "load",
     "manual_seed",
     "memory_report",
     "merge",
@@ -108,6 +112,7 @@ __all__ = [
     "repeat_interleave",
     "reset",
     "rollback",
+    "save",
     "scoring",
     "select",
     "seq_length",

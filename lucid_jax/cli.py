@@ -1,4 +1,4 @@
-"""The command line: `lucid-jax generate` and `lucid-jax bench`.
+"""The command line: `lucid-jax generate`, `lucid-jax eval` and `lucid-jax bench`.
 
 Bad input ends in one line on stderr and exit code 2.
 """
@@ -6,17 +6,23 @@ Bad input ends in one line on stderr and exit code 2.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from typing import NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
 import jax
 import jax.numpy as jnp
 
-from lucid_jax.cache.contiguous import Dynamic, Static, grown_capacity
-from lucid_jax.cache.state import nbytes
+from lucid_jax.cache.ring import Sliding
+from lucid_jax.cache.state import capacity, grow, nbytes
 from lucid_jax.decode import Sampling, stream, stream_uncached
+from lucid_jax.specs import CODECS, LAYOUTS, parse_spec
+
+if TYPE_CHECKING:
+    from lucid_jax.models.corpus import Document
 
 
 class _Parser(argparse.ArgumentParser):
@@ -32,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _Parser(prog="lucid-jax", description="KV caches for JAX.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_generate(commands.add_parser("generate", help="continue a prompt, streaming the text"))
+    _add_eval(commands.add_parser("eval", help="bits per byte of text under a given cache"))
     bench = commands.add_parser("bench", help="measure the cache on this machine")
     bench.add_argument("--json", action="store_true", help="print JSON instead of a table")
     bench.add_argument(
@@ -44,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             run_bench(as_json=options.json, quick=options.quick)
             return 0
-        return _generate(options)
+        return _eval(options) if options.command == "eval" else _generate(options)
     except (ValueError, OSError) as error:
         message = " ".join(str(error).split())
         print(f"lucid-jax {options.command}: error: {message}", file=sys.stderr)
@@ -64,9 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", metavar="PROMPT", help="text to continue")
-    parser.add_argument(
-        "--cache", choices=("static", "dynamic"), default="static", help="default: %(default)s"
-    )
+    _add_cache(parser)
     parser.add_argument(
         "--capacity", type=int, metavar="N",
         help="slots of the static cache; by default just what the prompt and new tokens need",
@@ -79,6 +84,24 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--min-p", type=float, default=0.0, metavar="P")
     parser.add_argument("--repetition-penalty", type=float, default=1.1, metavar="X")
     parser.add_argument("--seed", type=int, default=0)
+    _add_model(parser)
+
+
+def _add_cache(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--cache", default="static", metavar="LAYOUT", help=f"{LAYOUTS}; default: %(default)s"
+    )
+    parser.add_argument(
+        "--codec", default="none", metavar="CODEC", help=f"{CODECS}; default: %(default)s"
+    )
+    parser.add_argument(
+        "--rope-by-place", action="store_true",
+        help="rotary positions count places in the cache: with a sliding one, text of any length "
+        "keeps to the positions that the model was trained for",
+    )  # fmt: skip
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint", metavar="DIR",
         help="model folder (config.json, model.safetensors, tokenizer.json); "
@@ -87,11 +110,27 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
 
 
+def _add_eval(parser: argparse.ArgumentParser) -> None:
+    _add_cache(parser)
+    parser.add_argument(
+        "--context", type=int, metavar="N",
+        help="tokens of a window of text; by default what the model was trained for",
+    )  # fmt: skip
+    parser.add_argument(
+        "--text", metavar="FILE",
+        help="UTF-8 text to score; by default the documentation held out of the shipped model",
+    )  # fmt: skip
+    parser.add_argument("--bytes", type=int, metavar="N", help="score only the first N bytes")
+    _add_model(parser)
+
+
 def _generate(options: argparse.Namespace) -> int:
     if options.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens must be at least 1, got {options.max_new_tokens}")
     if not 0 <= options.seed < 2**63:
         raise ValueError(f"--seed must be in [0, 2**63), got {options.seed}")
+    if options.no_cache and (options.cache, options.codec) != ("static", "none"):
+        raise ValueError("--no-cache recomputes everything; leave out --cache and --codec")
     if options.capacity is not None and (options.cache != "static" or options.no_cache):
         raise ValueError("--capacity is for --cache static; leave it out")
     sampling = Sampling(
@@ -103,19 +142,20 @@ def _generate(options: argparse.Namespace) -> int:
     )
     from lucid_jax.models.checkpoint import load_model
 
-    model, tokenizer = load_model(options.checkpoint, dtype=jnp.dtype(options.dtype))
+    parse_spec(options.cache, options.codec, capacity=1)  # a bad word should not wait for a model
+    model, tokenizer = load_model(
+        options.checkpoint, jnp.dtype(options.dtype), rope_by_place=options.rope_by_place
+    )
     # A document begins after a separator, in training as here.
     prompt = [tokenizer.end_of_text_id, *tokenizer.encode(options.prompt)]
     need = len(prompt) + options.max_new_tokens - 1
     trained = model.config.max_position_embeddings
-    if need > trained:
+    spec = parse_spec(options.cache, options.codec, capacity=options.capacity or need)
+    if need > trained and not (options.rope_by_place and isinstance(spec, Sliding)):
         print(
             f"note: {need} positions are more than the {trained} this model was trained for",
             file=sys.stderr,
         )
-
-    slots = need if options.capacity is None else options.capacity
-    spec = Dynamic() if options.cache == "dynamic" else Static(slots)
 
     def pieces() -> Iterator[list[list[int]]]:
         common = {
@@ -157,10 +197,62 @@ def _generate(options: argparse.Namespace) -> int:
         print("cache:   none; every token recomputed all before it")
     else:
         stored = len(prompt) + sum(n for n, _, _ in calls) - 1
-        capacity = grown_capacity(stored) if options.cache == "dynamic" else slots
-        size = nbytes(model.init_cache(Static(capacity), 1, ragged=True))
-        print(f"cache:   {options.cache}, {stored} of {capacity} slots used, {size:,} bytes")
+        cache = model.init_cache(spec, 1, ragged=True)
+        cache = grow(cache, stored) if spec.growable else cache
+        slots = capacity(cache)
+        codec = "" if options.codec == "none" else f" as {options.codec}"
+        print(
+            f"cache:   {options.cache}, {min(stored, slots)} of {slots} slots used{codec}, "
+            f"{nbytes(cache):,} bytes"
+        )
     return 0
+
+
+def _eval(options: argparse.Namespace) -> int:
+    parse_spec(options.cache, options.codec, capacity=1)
+    for name in ("context", "bytes"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} must be at least 1, got {value}")
+    from lucid_jax.models.checkpoint import load_model
+    from lucid_jax.models.corpus import Document, num_bytes, python_corpus
+    from lucid_jax.models.evaluate import bits_per_byte, pack
+
+    model, tokenizer = load_model(
+        options.checkpoint, jnp.dtype(options.dtype), rope_by_place=options.rope_by_place
+    )
+    context = options.context or model.config.max_position_embeddings
+    spec = parse_spec(options.cache, options.codec, capacity=context)
+    documents: Sequence[Document]
+    if options.text is None:
+        documents = python_corpus().held_out
+    else:
+        documents = [Document("file", options.text, Path(options.text).read_text("utf-8"))]
+    if options.bytes is not None:
+        documents = _first_bytes(documents, options.bytes)
+    stream, size = pack(tokenizer, documents), num_bytes(documents)
+    if not size:
+        raise ValueError("there is no text to score")
+    plain = bits_per_byte(model, stream, size, context)
+    cached = bits_per_byte(model, stream, size, context, cache=spec)
+    cache = model.init_cache(spec, 1)
+    cache = grow(cache, context) if spec.growable else cache
+    print(f"text:    {size:,} bytes, {len(stream) - 1:,} tokens in windows of {context}")
+    print(f"plain:   {plain:.4f} bits per byte, attention without a cache")
+    print(f"cache:   {cached:.4f} bits per byte ({100 * (cached / plain - 1):+.2f}%), {spec}")
+    print(f"memory:  {nbytes(cache):,} bytes a sequence")
+    return 0
+
+
+def _first_bytes(documents: Sequence[Document], limit: int) -> list[Document]:
+    """Documents up to a number of UTF-8 bytes, the last one cut short."""
+    kept = []
+    for document in documents:
+        text = document.text.encode()[: max(limit, 0)].decode(errors="ignore")
+        limit -= len(document.text.encode())
+        if text:
+            kept.append(dataclasses.replace(document, text=text))
+    return kept
 
 
 class _CompileCounter:

@@ -15,7 +15,8 @@ import numpy as np
 from lucid_jax.cache.layer import Layer
 from lucid_jax.cache.ring import Ring
 from lucid_jax.cache.state import CacheState
-from lucid_jax.report import check_concrete, short_name
+from lucid_jax.report import check_concrete
+from lucid_jax.tables import short_name
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -1,134 +1,25 @@
-"""What a cache takes, and what would fit: `memory_report`, `plan`, and tables for notebooks.
+"""What a cache takes: `memory_report`, and the table that a notebook shows of a state.
 
-Everything here runs on the host and only reads: a state (or the shapes of one) in, plain numbers and
-tables out. Sizes are bytes; tables print them in units of 1024.
+Everything here runs on the host and only reads: a state in, plain numbers and tables out. Sizes are
+bytes; tables print them in units of 1024.
 """
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
-import html
-import io
 import math
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
-from rich import box
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
-from lucid_jax.cache.checks import check_alive, check_count, is_traced
-from lucid_jax.cache.contiguous import Static
-from lucid_jax.cache.layer import Layer, LayerSpec
+from lucid_jax.cache.checks import check_alive, is_traced
+from lucid_jax.cache.layer import Layer
 from lucid_jax.cache.part import Part, wide
-from lucid_jax.cache.state import CacheState, Shared, init_cache, nbytes
-
-_WIDTH = 120  # lets no cell be cut
-_LIMIT = int(np.iinfo(np.int32).max)  # positions are int32
-
-
-# --- tables ----------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class _Sheet:
-    """A table before it is known where it will be shown. The first `names` columns are words."""
-
-    title: str
-    header: tuple[str, ...]
-    rows: Sequence[tuple[str, ...]]
-    names: int
-    total: tuple[str, ...] | None = None
-    notes: tuple[str, ...] = ()
-
-    def rich(self) -> Table:
-        """For a rich console: where it is narrow, cells break, and nothing is cut off."""
-        # Text throughout: a bracket in a plain string would be taken for markup.
-        notes = Text("\n".join(self.notes)) if self.notes else None
-        table = Table(
-            title=Text(self.title),
-            caption=notes,
-            title_justify="left",
-            caption_justify="left",
-            box=box.SIMPLE_HEAD,
-            collapse_padding=True,
-            pad_edge=False,
-        )
-        for index, heading in enumerate(self.header):
-            justify: Any = "left" if index < self.names else "right"
-            table.add_column(heading, justify=justify, overflow="fold")
-        for row in self.rows:
-            table.add_row(*map(Text, row))
-        if self.total is not None:
-            table.add_section()
-            table.add_row(*map(Text, self.total))
-        return table
-
-    def text(self) -> str:
-        """Plain text, at most `_WIDTH` wide whatever the terminal or notebook."""
-        out = io.StringIO()
-        console = Console(file=out, width=_WIDTH, color_system=None, force_jupyter=False)
-        console.print(self.rich())
-        return "\n".join(line.rstrip() for line in out.getvalue().rstrip().splitlines())
-
-    def html(self) -> str:
-        """A plain HTML table, everything in it escaped."""
-
-        def line(tag: str, cells: Sequence[str]) -> str:
-            tags = (
-                f'<{tag} style="text-align: {"left" if index < self.names else "right"}">'
-                f"{html.escape(cell)}</{tag}>"
-                for index, cell in enumerate(cells)
-            )
-            return f"<tr>{''.join(tags)}</tr>"
-
-        head = f"<thead>{line('th', self.header)}</thead>"
-        body = f"<tbody>{''.join(line('td', row) for row in self.rows)}</tbody>"
-        foot = "" if self.total is None else f"<tfoot>{line('td', self.total)}</tfoot>"
-        caption = f'<caption style="text-align: left">{html.escape(self.title)}</caption>'
-        notes = "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)
-        return f"<table>{caption}{head}{body}{foot}</table>{notes}"
-
-
-def _size(count: float) -> str:
-    """Bytes for people: `_size(1536)` is "1.5 KiB"."""
-    if count < 1024:
-        return f"{count:.4g} B"
-    power = min(4, (int(count).bit_length() - 1) // 10)
-    return f"{count / 1024**power:,.1f} {' KMGT'[power]}iB"
-
-
-def _count(n: int, what: str) -> str:
-    return f"{n} {what}" if n == 1 else f"{n} {what}s"
-
-
-def short_name(config: Any, leave_out: str = "") -> str:
-    """A spec or codec as one would write it: what is at its default is not shown.
-
-    Args:
-        config: a frozen dataclass; anything else is shown by its `repr`.
-        leave_out: a field that is not shown.
-
-    Example:
-        >>> import lucid_jax as lj
-        >>> short_name(lj.Sliding(256, sinks=4, codec=lj.codecs.Int4()), leave_out="codec")
-        'Sliding(window=256, sinks=4)'
-    """
-    if not dataclasses.is_dataclass(config):
-        return repr(config)
-    shown = []
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if field.name != leave_out and value != field.default:
-            shown.append(f"{field.name}={value!r}")
-    return type(config).__name__ + (f"({', '.join(shown)})" if shown else "")
+from lucid_jax.cache.state import CacheState, nbytes
+from lucid_jax.tables import Sheet, count_of, short_name, size_of
 
 
 def check_concrete(state: CacheState, caller: str) -> None:
@@ -144,9 +35,6 @@ def check_concrete(state: CacheState, caller: str) -> None:
             "call it outside jit, on the state that the compiled call returned"
         )
     check_alive(state)
-
-
-# --- what a state takes ----------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,9 +110,9 @@ class MemoryReport:
     def _repr_html_(self) -> str:
         return self._sheet().html()
 
-    def _sheet(self) -> _Sheet:
-        return _Sheet(
-            title=f"KV cache memory: {_count(len(self.rows), 'layer')}, batch {self.batch_size}",
+    def _sheet(self) -> Sheet:
+        return Sheet(
+            title=f"KV cache memory: {count_of(len(self.rows), 'layer')}, batch {self.batch_size}",
             header=("layer", "layout", "codec", "length", "reserved", "used", "16-bit", "ratio"),
             rows=[
                 (
@@ -248,7 +136,7 @@ def _with_readers(layer_idx: int, shared_by: tuple[int, ...]) -> str:
 
 def _sizes(counted: MemoryRow | MemoryReport) -> tuple[str, ...]:
     ratio = "-" if counted.ratio is None else f"{counted.ratio:.2f}x"
-    return (_size(counted.reserved), _size(counted.used), _size(counted.float16), ratio)
+    return (size_of(counted.reserved), size_of(counted.used), size_of(counted.float16), ratio)
 
 
 def memory_report(state: CacheState) -> MemoryReport:
@@ -290,7 +178,7 @@ def memory_report(state: CacheState) -> MemoryReport:
                 codec=short_name(layer.packing.codec),
                 capacity=layer.capacity,
                 length=int(lengths.max()),
-                reserved=_nbytes(layer),
+                reserved=bytes_of(layer),
                 used=_bytes_used(layer),
                 float16=2 * width * layer.num_kv_heads * int(lengths.sum(dtype=np.int64)),
             )
@@ -307,11 +195,12 @@ def _readers(state: CacheState, index: int) -> tuple[int, ...]:
     )
 
 
-def _nbytes(tree: Any) -> int:
+def bytes_of(tree: Any) -> int:
+    """Bytes of all leaves of a tree of arrays, or of their shapes."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def _slot_leaves(tree: Any) -> list[Any]:
+def slot_leaves(tree: Any) -> list[Any]:
     """Leaves (B, H, S, ...): all but counters."""
     return [leaf for leaf in jax.tree.leaves(tree) if leaf.ndim >= 3]
 
@@ -321,7 +210,7 @@ def _bytes_used(layer: Layer) -> int:
     used = 0
     # The slots, and, if the codec has a residual, that.
     stored = (layer.replace(recent=None), layer.recent)
-    for read, leaves in zip(_slots_read(layer), map(_slot_leaves, stored), strict=False):
+    for read, leaves in zip(_slots_read(layer), map(slot_leaves, stored), strict=False):
         read = np.asarray(read)
         repeats = layer.batch_size * layer.num_kv_heads // math.prod(read.shape[:2])
         for leaf in leaves:
@@ -348,257 +237,6 @@ def _slots_read(layer: Layer) -> list[jax.Array]:
         return (seen & (stored >= 0))[:, :, 0, 0]
 
     return [read(part) for part in layer.parts()]
-
-
-# --- what would fit --------------------------------------------------------------------------------
-
-
-class CacheConfig(Protocol):
-    """What `plan` needs to know of a model; `lucid_jax.models.ModelConfig` is one."""
-
-    @property
-    def num_hidden_layers(self) -> int:
-        """Layers of the model."""
-        ...
-
-    @property
-    def kv_heads(self) -> int:
-        """H, key/value heads."""
-        ...
-
-    @property
-    def dim_per_head(self) -> int:
-        """D, width of keys and values."""
-        ...
-
-
-@dataclasses.dataclass(frozen=True)
-class PlanRow:
-    """Layers of one kind in a plan.
-
-    Attributes:
-        layers: how many the model has.
-        layout: such as "Static(capacity=2048)".
-        codec: such as "Int4".
-        capacity: token slots of a row.
-        nbytes: of all of them.
-        bytes_per_token: of all of them, for one token of one row; 0 if the size is constant.
-    """
-
-    layers: int
-    layout: str
-    codec: str
-    capacity: int
-    nbytes: int
-    bytes_per_token: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What a cache would take, and what would fit. Prints as a table; `plan` makes it.
-
-    Attributes:
-        rows: one per kind of layer; layers that share another's tokens take nothing.
-        batch_size: B.
-        length: tokens a row is to hold.
-        dtype: name of the tokens' dtype.
-        budget: bytes there are; None if not said.
-        max_batch_size: the most rows that fit at this length, 0 if not even one; None without a budget.
-        max_length: the most tokens that fit at this batch size, 0 if not even one; None without a
-            budget, and None if the size does not depend on the length and fits.
-    """
-
-    rows: tuple[PlanRow, ...]
-    batch_size: int
-    length: int
-    dtype: str
-    budget: int | None
-    max_batch_size: int | None
-    max_length: int | None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes the cache would take: exactly `nbytes` of it once allocated."""
-        return sum(row.nbytes for row in self.rows)
-
-    @property
-    def bytes_per_token(self) -> float | None:
-        """What a token of one row takes in the layers that grow with the length; None if none does."""
-        return sum(row.bytes_per_token for row in self.rows) or None
-
-    @property
-    def fits(self) -> bool | None:
-        """Whether the cache is within the budget; None without one."""
-        return None if self.budget is None else self.nbytes <= self.budget
-
-    def __str__(self) -> str:
-        return self._sheet().text()
-
-    def __rich__(self) -> Table:
-        return self._sheet().rich()
-
-    def _repr_html_(self) -> str:
-        return self._sheet().html()
-
-    def _sheet(self) -> _Sheet:
-        return _Sheet(
-            title=f"KV cache plan: batch {self.batch_size}, length {self.length}, {self.dtype}",
-            header=("layers", "layout", "codec", "capacity", "bytes"),
-            rows=[
-                (str(row.layers), row.layout, row.codec, str(row.capacity), _size(row.nbytes))
-                for row in self.rows
-            ],
-            names=3,
-            total=("total", "", "", "", _size(self.nbytes)),
-            notes=tuple(self._notes()),
-        )
-
-    def _notes(self) -> list[str]:
-        if self.bytes_per_token is None:
-            notes = ["constant size, however long the text"]
-        else:
-            notes = [f"{_size(self.bytes_per_token)} for each token of a row"]
-        if self.budget is None:
-            return notes
-        spare = self.budget - self.nbytes
-        verdict = f"fits, {_size(spare)} to spare" if self.fits else f"{_size(-spare)} too much"
-        longest = "unbounded" if self.max_length is None else f"{self.max_length} tokens"
-        return [
-            *notes,
-            f"budget {_size(self.budget)}: {verdict}",
-            f"largest batch at length {self.length}: {_count(self.max_batch_size or 0, 'row')}",
-            f"largest length at batch {self.batch_size}: {longest}",
-        ]
-
-
-def plan(
-    config: CacheConfig,
-    batch_size: int,
-    length: int,
-    spec: LayerSpec | Sequence[LayerSpec | Shared],
-    budget: int | None = None,
-    *,
-    dtype: DTypeLike = jnp.float32,
-    ragged: bool = False,
-) -> Plan:
-    """What a cache would take and what would fit, by the exact count and without allocating it.
-
-    A `Static` layer counts at its capacity, a `Dynamic` one at the capacity it grows to for `length`
-    tokens. For the largest length a `Static` capacity is made as large as that length.
-
-    Args:
-        config: the model's sizes.
-        batch_size: B, rows.
-        length: tokens each row is to hold, prompt and new ones.
-        spec: as `init_cache` takes it: one spec for all layers, or a list with one per layer.
-        budget: bytes the cache may take, such as `8 * 2**30`.
-        dtype: dtype of the tokens.
-        ragged: whether each row has its own length, as `generate`'s caches do.
-
-    Raises:
-        ValueError: if a layer cannot hold `length` tokens, or for what `init_cache` refuses.
-        TypeError: if a number is not an integer.
-
-    Example:
-        >>> import lucid_jax as lj
-        >>> from lucid_jax.models import ModelConfig
-        >>> config = ModelConfig(vocab_size=512, hidden_size=64, num_attention_heads=4)
-        >>> planned = plan(config, 2, 100, lj.Dynamic(), budget=2**20)
-        >>> planned.nbytes, planned.fits, planned.max_batch_size, planned.max_length
-        (655425, True, 3, 128)
-    """
-    batch_size = check_count(batch_size, "batch_size", 1)
-    length = check_count(length, "length", 1)
-    if budget is not None:
-        budget = check_count(budget, "budget (bytes, such as 8 * 2**30)")
-    layers = config.num_hidden_layers
-    specs = list(spec) if isinstance(spec, Sequence) else [spec] * layers
-    empty = partial(
-        init_cache,
-        num_kv_heads=config.kv_heads,
-        head_dim=config.dim_per_head,
-        dtype=dtype,
-        ragged=ragged,
-    )
-    # Whoever allocates would refuse a wrong number of layers, or sharing with a later one.
-    jax.eval_shape(lambda: empty(specs, num_layers=layers, batch_size=batch_size))
-    stored = [one for one in specs if not isinstance(one, Shared)]
-
-    def fits(rows: int, tokens: int, resize: bool) -> bool:
-        sized = [_resized(one, tokens) for one in stored] if resize else stored
-        assert budget is not None
-        return sum(row.nbytes for row in _plan_rows(empty, sized, rows, tokens)) <= budget
-
-    rows = _plan_rows(empty, stored, batch_size, length)
-    max_batch_size = max_length = None
-    if budget is not None:
-        max_batch_size = _largest(lambda n: fits(n, length, False))
-        constant = not any(row.bytes_per_token for row in rows)
-        if not (constant and fits(batch_size, 1, True)):
-            max_length = _largest(lambda n: fits(batch_size, n, True))
-    return Plan(
-        rows=rows,
-        batch_size=batch_size,
-        length=length,
-        dtype=jax.dtypes.canonicalize_dtype(dtype).name,
-        budget=budget,
-        max_batch_size=max_batch_size,
-        max_length=max_length,
-    )
-
-
-def _resized(spec: LayerSpec, length: int) -> LayerSpec:
-    return dataclasses.replace(spec, capacity=length) if isinstance(spec, Static) else spec
-
-
-def _largest(fits: Callable[[int], bool]) -> int:
-    """The largest n that fits, 0 if none does; what is larger than one that does not fit does not."""
-    return bisect.bisect_left(range(1, _LIMIT + 1), True, key=lambda n: not fits(n))
-
-
-def _plan_rows(
-    empty: Callable[..., CacheState], specs: Sequence[LayerSpec], batch_size: int, length: int
-) -> tuple[PlanRow, ...]:
-    """One row per distinct spec: layers of the same spec have the same shapes."""
-    kinds = list(dict.fromkeys(specs))
-
-    def build() -> CacheState:
-        state = empty(kinds, batch_size=batch_size)
-        return state.with_layers(_with_room(layer, length) for layer in state.layers)
-
-    rows = []
-    for spec, layer in zip(kinds, jax.eval_shape(build).layers, strict=True):
-        layers = specs.count(spec)
-        slots = batch_size * layer.num_slots
-        growing = _slot_leaves(layer.replace(recent=None)) if layer.bounded else []
-        rows.append(
-            PlanRow(
-                layers=layers,
-                layout=short_name(spec, leave_out="codec"),
-                codec=short_name(layer.packing.codec),
-                capacity=layer.capacity,
-                nbytes=layers * _nbytes(layer),
-                bytes_per_token=layers * _nbytes(growing) / slots,
-            )
-        )
-    return tuple(rows)
-
-
-def _with_room(layer: Layer, length: int) -> Layer:
-    """A layer as it will be once it holds `length` tokens."""
-    if length <= layer.capacity or not layer.bounded:
-        return layer
-    roomy = layer.with_room(length)
-    if roomy is None:
-        raise ValueError(
-            f"a length of {length} does not fit {short_name(layer.spec)}, whose capacity is "
-            f"{layer.capacity}; use Static({length}) or more, Dynamic(), or Sliding to keep the latest "
-            "tokens only"
-        )
-    return roomy
-
-
-# --- a state in a notebook -------------------------------------------------------------------------
 
 
 def state_html(state: CacheState) -> str:
@@ -629,16 +267,16 @@ def state_html(state: CacheState) -> str:
                 _length_text(layer),
                 str(layer.capacity),
                 f"{layer.num_kv_heads} x {dim}" + ("" if dim == value_dim else f" / {value_dim}"),
-                _size(_nbytes(layer)),
+                size_of(bytes_of(layer)),
             )
         )
     first = state.layers[0]
     title = (
-        f"CacheState: {_count(state.num_layers, 'layer')}, batch {state.batch_size}, {first.dtype}, "
-        f"{'ragged, ' if state.ragged else ''}{_size(nbytes(state))}"
+        f"CacheState: {count_of(state.num_layers, 'layer')}, batch {state.batch_size}, {first.dtype}, "
+        f"{'ragged, ' if state.ragged else ''}{size_of(nbytes(state))}"
     )
     header = ("layer", "layout", "codec", "length", "capacity", "heads x dim", "bytes")
-    return _Sheet(title, header, rows, names=3).html()
+    return Sheet(title, header, rows, names=3).html()
 
 
 def _length_text(layer: Layer) -> str:

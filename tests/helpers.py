@@ -85,7 +85,8 @@ def poison(state):
             # What several tokens share is dead when all of them are.
             entries = leaf.shape[2]
             dead_ = dead.reshape(*dead.shape[:-1], entries, -1).all(axis=-1)
-            shape = (-1, 1, entries, *(1,) * (leaf.ndim - 3))
+            heads = dead.shape[1] if dead.ndim == 3 else 1
+            shape = (-1, heads, entries, *(1,) * (leaf.ndim - 3))
             return jnp.where(dead_.reshape(shape), bad, leaf)
 
         return jax.tree.map(fill, tree)

@@ -13,8 +13,9 @@ from rich.console import Console
 
 import lucid_jax as lj
 from lucid_jax.models import ModelConfig
+from lucid_jax.planning import plan
 from lucid_jax.plots import plot_occupancy
-from lucid_jax.report import memory_report, plan, state_html
+from lucid_jax.report import memory_report, state_html
 
 from .helpers import filled, make, tokens
 

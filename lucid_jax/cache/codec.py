@@ -6,42 +6,47 @@ form (forms.py) for the keys and one for the values.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
-from typing import Protocol
+from typing import Any
 
 from lucid_jax.cache.checks import check_count
 from lucid_jax.cache.forms import ChannelNibbles, Form, Nibbles, Raw, Rotated, Scaled
 
 
-class Codec(Protocol):
-    """What a layout asks of a codec.
+class Codec(abc.ABC):
+    """What a layout asks of a codec; a small hashable description.
 
     Attributes:
         group: tokens that are quantized together; 1 if each is on its own.
         residual: latest tokens kept in full precision until their group is quantized; 0 for none.
     """
 
-    @property
-    def group(self) -> int:
-        """Tokens quantized together."""
-        ...
+    group: int = 1
+    residual: int = 0
 
-    @property
-    def residual(self) -> int:
-        """Latest tokens kept in full precision."""
-        ...
-
+    @abc.abstractmethod
     def forms(self, dtype: str, head_dim: int, value_head_dim: int) -> tuple[Form, Form]:
         """The forms of keys (B, H, T, head_dim) and values (B, H, T, value_head_dim)."""
-        ...
+
+
+def check_codec(codec: Any) -> Codec:
+    """Checks what was given as `codec=`.
+
+    Raises:
+        TypeError: if it is no codec.
+    """
+    if not isinstance(codec, Codec):
+        raise TypeError(
+            f"codec must be a codec such as lucid_jax.codecs.Int8(), got {codec!r}; "
+            "(lucid_jax.Int8 is the dtype)"
+        )
+    return codec
 
 
 @dataclasses.dataclass(frozen=True)
-class Identity:
+class Identity(Codec):
     """Stores tokens as they are, in the cache's dtype."""
-
-    group = 1
-    residual = 0
 
     def forms(self, dtype: str, head_dim: int, value_head_dim: int) -> tuple[Form, Form]:
         """See `Codec.forms`."""
@@ -52,7 +57,7 @@ PLAIN = Identity()  # the codec of a layout that names none
 
 
 @dataclasses.dataclass(frozen=True)
-class Int8:
+class Int8(Codec):
     """Eight bits a number, one float32 scale a token and head: 1.94 times smaller than bfloat16.
 
     Symmetric. Sizes are for head_dim 128.
@@ -62,8 +67,6 @@ class Int8:
     """
 
     rotate: bool = False
-    group = 1
-    residual = 0
 
     def forms(self, dtype: str, head_dim: int, value_head_dim: int) -> tuple[Form, Form]:
         """See `Codec.forms`."""
@@ -72,7 +75,7 @@ class Int8:
 
 
 @dataclasses.dataclass(frozen=True)
-class Float8:
+class Float8(Codec):
     """Eight bits a number as float8 (e4m3), one float32 scale a token and head.
 
     As small as `Int8`; coarser for the largest numbers of a token, finer for its small ones.
@@ -82,8 +85,6 @@ class Float8:
     """
 
     rotate: bool = False
-    group = 1
-    residual = 0
 
     def forms(self, dtype: str, head_dim: int, value_head_dim: int) -> tuple[Form, Form]:
         """See `Codec.forms`."""
@@ -92,7 +93,7 @@ class Float8:
 
 
 @dataclasses.dataclass(frozen=True)
-class Int4:
+class Int4(Codec):
     """Four bits a number, a bfloat16 scale and offset for every `channels` channels of a token.
 
     Affine. With 64 channels, 3.56 times smaller than bfloat16 at head_dim 128.
@@ -105,11 +106,10 @@ class Int4:
 
     channels: int = 64
     rotate: bool = False
-    group = 1
-    residual = 0
 
     def __post_init__(self) -> None:
-        check_count(self.channels, "channels of Int4(channels)", 1)
+        channels = check_count(self.channels, "channels of Int4(channels)", 1)
+        object.__setattr__(self, "channels", channels)
 
     def forms(self, dtype: str, head_dim: int, value_head_dim: int) -> tuple[Form, Form]:
         """See `Codec.forms`."""
@@ -119,7 +119,7 @@ class Int4:
 
 
 @dataclasses.dataclass(frozen=True)
-class KIVI:
+class KIVI(Codec):
     """Four bits: keys quantized per channel in groups of tokens, values per token (KIVI, Liu et al.).
 
     The latest `residual` tokens are always read in full precision; behind them, whole groups are
@@ -140,7 +140,8 @@ class KIVI:
 
     def __post_init__(self) -> None:
         for name, least in (("group", 2), ("residual", 1), ("channels", 1)):
-            check_count(getattr(self, name), f"{name} of KIVI", least)
+            count = check_count(getattr(self, name), f"{name} of KIVI", least)
+            object.__setattr__(self, name, count)
 
     def forms(self, dtype: str, head_dim: int, value_head_dim: int) -> tuple[Form, Form]:
         """See `Codec.forms`."""

@@ -17,7 +17,7 @@ from jax import lax
 
 from lucid_jax.cache import slots
 from lucid_jax.cache.checks import check_count
-from lucid_jax.cache.codec import PLAIN, Codec
+from lucid_jax.cache.codec import PLAIN, Codec, check_codec
 from lucid_jax.cache.layer import Chunk, Layer, blank
 from lucid_jax.cache.part import Region
 
@@ -43,6 +43,7 @@ class Static:
     def __post_init__(self) -> None:
         capacity = check_count(self.capacity, "the capacity of Static(capacity)", 1)
         object.__setattr__(self, "capacity", capacity)
+        check_codec(self.codec)
 
     def init(self, **shape: Any) -> Contiguous:
         """See `LayerSpec.init`."""
@@ -64,6 +65,9 @@ class Dynamic:
     codec: Codec = PLAIN
     track: bool = False
     growable = True
+
+    def __post_init__(self) -> None:
+        check_codec(self.codec)
 
     def init(self, **shape: Any) -> Contiguous:
         """See `LayerSpec.init`."""
@@ -256,7 +260,7 @@ class Contiguous(Layer):
         assert isinstance(other, Contiguous)
         new = other.tracked().places
         assert new is not None
-        target = jnp.where(other.length <= self.capacity, rows, self.batch_size)
+        target = jnp.where(self.takes_rows(rows, other), rows, self.batch_size)
         used = jnp.minimum(other.slots_in_use(), self.num_slots)
         floor = jnp.broadcast_to(new.floor, rows.shape)
         return moved.replace(

@@ -20,7 +20,7 @@ from jax.experimental import checkify
 
 from lucid_jax.cache import residual, slots
 from lucid_jax.cache.checks import is_traced
-from lucid_jax.cache.codec import Codec
+from lucid_jax.cache.codec import Codec, Identity
 from lucid_jax.cache.forms import Form, Raw, Stored
 from lucid_jax.cache.part import Part, Region, wide
 from lucid_jax.cache.residual import Recent
@@ -484,9 +484,8 @@ class Layer(abc.ABC):
         flagged. The other layer may have fewer or more slots, or be aligned.
         """
         inside = (rows >= 0) & (rows < self.batch_size)
-        fits = other.length <= self.capacity
-        rows_ok = inside & fits
-        target = jnp.where(rows_ok, rows, self.batch_size)
+        taken = self.takes_rows(rows, other)
+        target = jnp.where(taken, rows, self.batch_size)
         changes: dict[str, Any] = {}
         for name in ("key", "value", "recent"):
             used = jnp.int32(other.num_slots)
@@ -502,7 +501,7 @@ class Layer(abc.ABC):
             new = jnp.broadcast_to(getattr(other, name), rows.shape)
             changes[name] = getattr(self, name).at[target].set(new, mode="drop")
         refused = jnp.zeros(self.batch_size, bool)
-        refused = refused.at[jnp.where(inside & ~fits, rows, self.batch_size)].set(
+        refused = refused.at[jnp.where(inside & ~taken, rows, self.batch_size)].set(
             True, mode="drop"
         )
         # A row that does not exist is nobody's: every row says so.
@@ -512,6 +511,10 @@ class Layer(abc.ABC):
         )
         layer = self.replace(**changes)
         return layer.replace(overflowed=layer.flag(ok, "insertion of rows that do not fit"))
+
+    def takes_rows(self, rows: jax.Array, other: Layer) -> jax.Array:
+        """Which rows of another layer fit where they should go: bool [B']."""
+        return (rows >= 0) & (rows < self.batch_size) & (other.length <= self.capacity)
 
     def free(self, gone: jax.Array) -> Self:
         """Empties the rows where `gone`, bool [B]."""
@@ -593,6 +596,11 @@ def blank(
     ragged: bool,
 ) -> dict[str, Any]:
     """The fields of an empty layer with a number of physical slots, traced in the caller's jit."""
+    if not isinstance(spec.codec, Identity) and not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(
+            f"{spec.codec} quantizes floating-point tokens, got dtype {jnp.dtype(dtype)}; "
+            "use a floating dtype, or no codec"
+        )
     packing = Packing(spec.codec, jnp.dtype(dtype).name, head_dim, value_head_dim)
     counter = (batch_size,) if ragged else ()
     recent = None

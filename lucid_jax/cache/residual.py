@@ -62,14 +62,9 @@ def whole_groups(raw: Pair, first: jax.Array, start: jax.Array, group: int, toke
     its group, so that it has no say in a scale they share.
     """
     size = -(-tokens // group) * group
-    index = jnp.arange(size, dtype=jnp.int32)
+    index = slots.span(jnp.zeros_like(first), size)
     last = index // group * group + group - 1
-    position = slots.span(first, size)
-    source = jnp.where(
-        position >= start[..., None],
-        index.reshape(*(1,) * first.ndim, -1),
-        last.reshape(*(1,) * first.ndim, -1),
-    )
+    source = jnp.where(first[..., None] + index >= start[..., None], index, last)
     return slots.take(raw[0], source), slots.take(raw[1], source)
 
 

@@ -16,7 +16,7 @@ from flax import struct
 
 from lucid_jax.cache import slots
 from lucid_jax.cache.checks import check_count
-from lucid_jax.cache.codec import PLAIN, Codec
+from lucid_jax.cache.codec import PLAIN, Codec, check_codec
 from lucid_jax.cache.layer import Chunk, Layer, blank
 from lucid_jax.cache.part import Region
 
@@ -47,7 +47,7 @@ class Sliding:
         for name, least in (("window", 1), ("sinks", 0), ("slack", 0)):
             value = check_count(getattr(self, name), f"{name} of Sliding", least)
             object.__setattr__(self, name, value)
-        codec = self.codec
+        codec = check_codec(self.codec)
         if codec.group > 1 and self.window < codec.residual + codec.group:
             raise ValueError(
                 f"a window of {self.window} is too small for {codec}: a group of {codec.group} "

@@ -66,7 +66,10 @@ def save_model(
 
 
 def load_model(
-    directory: Path | str | None = None, dtype: DTypeLike = jnp.float32
+    directory: Path | str | None = None,
+    dtype: DTypeLike = jnp.float32,
+    *,
+    rope_by_place: bool = False,
 ) -> tuple[Transformer, Tokenizer]:
     """Reads a model folder.
 
@@ -74,6 +77,7 @@ def load_model(
       directory: holds config.json, model.safetensors and tokenizer.json; by default the small
         trained model that ships with the package.
       dtype: dtype of the parameters and of the computation, whatever the file stores.
+      rope_by_place: see `Transformer`.
 
     Returns:
       The model and its tokenizer.
@@ -104,7 +108,11 @@ def load_model(
         )
     # Abstract: the shapes to fill, without drawing random weights first.
     param_dtype = jnp.dtype(dtype)
-    model = nnx.eval_shape(lambda: Transformer(config, param_dtype=param_dtype, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(
+        lambda: Transformer(
+            config, param_dtype=param_dtype, rope_by_place=rope_by_place, rngs=nnx.Rngs(0)
+        )
+    )
     _fill(model, _read_tensors(folder / _WEIGHTS), folder / _WEIGHTS, param_dtype)
     return model, tokenizer
 
