@@ -12,7 +12,7 @@ from lucid_jax.cache.ring import Sliding
 
 LAYOUTS = "static, static:CAPACITY, dynamic, sliding:WINDOW or sliding:WINDOW+SINKS"
 CODECS = (
-    "none, int8, fp8, int4, int4:CHANNELS, kivi or kivi:GROUP+RESIDUAL; -rotated turns keys first"
+    "none, int8, fp8, int4, int4:GROUP, kivi or kivi:GROUP+RESIDUAL; -rotated turns keys first"
 )
 
 
@@ -29,7 +29,7 @@ def parse_spec(layout: str, codec: str = "none", *, capacity: int) -> LayerSpec:
 
     Example:
         >>> parse_spec("sliding:256+4", "int4", capacity=0)
-        Sliding(window=256, sinks=4, slack=0, codec=Int4(channels=64, rotate=False))
+        Sliding(window=256, sinks=4, slack=0, codec=Int4(group=64, rotate=False))
     """
     match = re.fullmatch(r"(static|dynamic|sliding)(?::(\d+)(?:\+(\d+))?)?", layout)
     name, *numbers = match.groups() if match else (None,)

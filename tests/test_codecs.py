@@ -16,7 +16,7 @@ INT8, INT4, FP8, KIVI = (
 H, D = 2, 32
 EVERY = {
     "int8": INT8(), "int8-rotated": INT8(rotate=True), "fp8": FP8(), "fp8-rotated": FP8(rotate=True),
-    "int4": INT4(), "int4-8": INT4(channels=8), "int4-rotated": INT4(rotate=True),
+    "int4": INT4(), "int4-8": INT4(group=8), "int4-rotated": INT4(rotate=True),
     "kivi": KIVI(group=8, residual=4), "kivi-rotated": KIVI(group=8, residual=4, rotate=True),
 }  # fmt: skip
 
@@ -67,7 +67,7 @@ def test_zero_tokens_stay_zero_and_scales_are_not(codec, dtype):
     whole = jnp.zeros_like(key)
     for k, v in ((whole, whole), *([(jnp.where(gone[:, None], 0, key).astype(dtype),
                                      jnp.where(gone[:, None], 0, value).astype(dtype))]
-                                   if codec.group == 1 else [])):  # fmt: skip
+                                   if codec.unit == 1 else [])):  # fmt: skip
         got = stored(_fill(codec, k, v))
         for ours, sent in zip(got, (k[0], v[0]), strict=True):
             zero = (np.asarray(sent, np.float32) == 0).all(axis=-1)
@@ -90,7 +90,7 @@ def test_an_outlier_comes_back_whatever_came_before(codec, magnitude):
     for ours, sent, first in zip(got, (key[0], value[0]), before, strict=True):
         loud = np.float32(magnitude) * sent[:, 16:]
         assert np.abs(ours[:, 16:] - loud).max() <= 0.35 * np.abs(loud).max()
-        if codec.group == 1:
+        if codec.unit == 1:
             np.testing.assert_array_equal(ours[:, :12], first)
 
 
@@ -174,7 +174,7 @@ def test_odd_widths_pack_too(codec, dim):
         (lambda: INT4(2.5), TypeError, "integer"),
         (lambda: KIVI(group=1), ValueError, "at least 2"),
         (lambda: KIVI(residual=0), ValueError, "at least 1"),
-        (lambda: make(lj.Static(4, INT4(channels=3)), dim=8), ValueError, "divide"),
+        (lambda: make(lj.Static(4, INT4(group=3)), dim=8), ValueError, "divide"),
         (lambda: make(lj.Static(4, KIVI(), track=True)), ValueError, "groups"),
         (lambda: make(lj.Static(4, lj.Int8)), TypeError, "codecs.Int8"),
         (lambda: lj.Sliding(8, codec="int8"), TypeError, "codecs.Int8"),

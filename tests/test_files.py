@@ -24,7 +24,7 @@ CODECS = {
     "identity": lj.codecs.Identity(),
     "int8": lj.codecs.Int8(rotate=True),
     "float8": lj.codecs.Float8(),
-    "int4": lj.codecs.Int4(channels=np.int64(1)),
+    "int4": lj.codecs.Int4(group=np.int64(1)),
     "kivi": lj.codecs.KIVI(group=4, residual=4, rotate=True),
 }
 LAYOUTS = {

@@ -93,7 +93,7 @@ def _used(empty):
 
 def _takes_places(state):
     """Whether `cache_position` may change what is stored: not groups of tokens."""
-    return state.layers[0].packing.codec.group == 1
+    return state.layers[0].packing.codec.unit == 1
 
 
 # --- what comes out ------------------------------------------------------------------------------

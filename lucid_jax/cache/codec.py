@@ -18,11 +18,11 @@ class Codec(abc.ABC):
     """What a layout asks of a codec; a small hashable description.
 
     Attributes:
-        group: tokens that are quantized together; 1 if each is on its own.
-        residual: latest tokens kept in full precision until their group is quantized; 0 for none.
+        unit: tokens that are quantized together; 1 if each is on its own.
+        residual: latest tokens kept in full precision until their unit is quantized; 0 for none.
     """
 
-    group: int = 1
+    unit: int = 1
     residual: int = 0
 
     @abc.abstractmethod
@@ -94,27 +94,26 @@ class Float8(Codec):
 
 @dataclasses.dataclass(frozen=True)
 class Int4(Codec):
-    """Four bits a number, a bfloat16 scale and offset for every `channels` channels of a token.
+    """Four bits a number, a bfloat16 scale and offset for every `group` channels of a token.
 
-    Affine. With 64 channels, 3.56 times smaller than bfloat16 at head_dim 128.
+    Affine. With groups of 64, 3.56 times smaller than bfloat16 at head_dim 128.
 
     Attributes:
-        channels: channels that share a scale; a head narrower than that has one. Otherwise it
-            must divide head_dim.
+        group: channels that share a scale; a head narrower than that has one. Otherwise it must
+            divide head_dim.
         rotate: turn keys by a Hadamard matrix first, which tames outlier channels.
     """
 
-    channels: int = 64
+    group: int = 64
     rotate: bool = False
 
     def __post_init__(self) -> None:
-        channels = check_count(self.channels, "channels of Int4(channels)", 1)
-        object.__setattr__(self, "channels", channels)
+        object.__setattr__(self, "group", check_count(self.group, "group of Int4(group)", 1))
 
     def forms(self, dtype: str, head_dim: int, value_head_dim: int) -> tuple[Form, Form]:
         """See `Codec.forms`."""
-        key = Nibbles(dtype, head_dim, _channels(self.channels, head_dim))
-        value = Nibbles(dtype, value_head_dim, _channels(self.channels, value_head_dim))
+        key = Nibbles(dtype, head_dim, _channels(self.group, head_dim))
+        value = Nibbles(dtype, value_head_dim, _channels(self.group, value_head_dim))
         return _rotated(key, self.rotate), value
 
 
@@ -129,7 +128,7 @@ class KIVI(Codec):
     Attributes:
         group: tokens of a group.
         residual: latest tokens in full precision, and the most that `rollback` undoes.
-        channels: channels of a value that share a scale, as `Int4`'s.
+        channels: channels of a value that share a scale, as `Int4`'s `group`.
         rotate: turn keys by a Hadamard matrix first.
     """
 
@@ -142,6 +141,11 @@ class KIVI(Codec):
         for name, least in (("group", 2), ("residual", 1), ("channels", 1)):
             count = check_count(getattr(self, name), f"{name} of KIVI", least)
             object.__setattr__(self, name, count)
+
+    @property
+    def unit(self) -> int:  # type: ignore[override]
+        """See `Codec`: a group of keys."""
+        return self.group
 
     def forms(self, dtype: str, head_dim: int, value_head_dim: int) -> tuple[Form, Form]:
         """See `Codec.forms`."""
@@ -158,6 +162,6 @@ def _channels(channels: int, dim: int) -> int:
     shared = min(channels, dim)
     if dim % shared:
         raise ValueError(
-            f"channels={channels} must divide the head_dim of {dim}; choose a divisor of it"
+            f"groups of {channels} channels must divide the head_dim of {dim}; choose a divisor of it"
         )
     return shared

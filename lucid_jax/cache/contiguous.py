@@ -100,7 +100,7 @@ class Contiguous(Layer):
     @property
     def capacity(self) -> int:
         """See `Layer.capacity`."""
-        spare = _spare(self.packing.codec.group)
+        spare = _spare(self.packing.codec.unit)
         return self.num_slots - spare if self.spec.growable else self.spec.capacity
 
     @property
@@ -116,7 +116,7 @@ class Contiguous(Layer):
     @property
     def in_order(self) -> bool:
         """Slot i is index i, unless groups shift it."""
-        return self.packing.codec.group == 1
+        return self.packing.codec.unit == 1
 
     @property
     def has_places(self) -> bool:
@@ -195,7 +195,7 @@ class Contiguous(Layer):
 
     def keep_latest(self, max_length: jax.Array) -> Self:
         """See `Layer.keep_latest`. The kept tokens move to the front, by whole groups."""
-        group = self.packing.codec.group
+        group = self.packing.codec.unit
         start = self.position - jnp.minimum(self.length, max_length)
         shift = start // group * group - self.start // group * group
         kept = jnp.where(start < self.position, self.position - start // group * group, 0)
@@ -213,7 +213,7 @@ class Contiguous(Layer):
 
     def slot_of(self, position: jax.Array) -> jax.Array:
         """See `Layer.slot_of`."""
-        group = self.packing.codec.group
+        group = self.packing.codec.unit
         return position - _along(self.start // group * group, position)
 
     def index_of(self, position: jax.Array) -> jax.Array:
@@ -236,11 +236,11 @@ class Contiguous(Layer):
     def slot_index(self, begin: jax.Array, size: int) -> jax.Array:
         """See `Layer.slot_index`."""
         slot = slots.span(jnp.broadcast_to(begin, self.position.shape), size)
-        return slot - (self.start % self.packing.codec.group)[..., None]
+        return slot - (self.start % self.packing.codec.unit)[..., None]
 
     def slots_in_use(self) -> jax.Array:
         """See `Layer.slots_in_use`. Up to the longest length in the batch."""
-        return jnp.max(self.length + self.start % self.packing.codec.group)
+        return jnp.max(self.length + self.start % self.packing.codec.unit)
 
     def regions(self, query: jax.Array, by_place: bool) -> list[Region]:
         """See `Layer.regions`. All that is stored, and a token's place is its index."""
@@ -290,7 +290,7 @@ class Contiguous(Layer):
         """See `Layer.with_room`. Capacities are powers of two."""
         if not self.spec.growable:
             return None
-        slots_needed = _physical(grown_capacity(need), self.packing.codec.group)
+        slots_needed = _physical(grown_capacity(need), self.packing.codec.unit)
         return _widened(self, slots_needed - self.num_slots)
 
     def tracked(self) -> Self:
@@ -377,10 +377,10 @@ def _widened(layer: Contiguous, added: int) -> Contiguous:
     ),
 )  # fmt: skip
 def _empty(spec: Any, capacity: int, **shape: Any) -> Contiguous:
-    if spec.track and spec.codec.group > 1:
+    if spec.track and spec.codec.unit > 1:
         raise ValueError(
             f"track=True, and so compact, needs a codec that stores each token by itself; "
             f"{spec.codec} quantizes groups of tokens. Use Int4() or Int8()"
         )
-    layer = Contiguous(**blank(spec, _physical(capacity, spec.codec.group), **shape), places=None)
+    layer = Contiguous(**blank(spec, _physical(capacity, spec.codec.unit), **shape), places=None)
     return layer.tracked() if spec.track else layer

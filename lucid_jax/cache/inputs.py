@@ -142,7 +142,7 @@ def check_places_possible(layer: Layer, places: Any) -> None:
     """Raises where a layer can only be appended to, and places were given."""
     if places is None:
         return
-    if layer.packing.codec.group > 1:
+    if layer.packing.codec.unit > 1:
         raise ValueError(
             f"cache_position= would change tokens that {layer.packing.codec} has quantized with "
             "their group; append instead, or use a codec that stores each token by itself (Int4)"

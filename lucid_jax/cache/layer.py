@@ -56,7 +56,7 @@ class Packing:
         """Of the tokens before `position`, how many are in slots, and not only in the residual."""
         if not self.codec.residual:
             return position
-        group = jnp.int32(self.codec.group)
+        group = jnp.int32(self.codec.unit)
         return jnp.maximum((position - self.codec.residual) // group * group, 0)
 
 
@@ -263,7 +263,7 @@ class Layer(abc.ABC):
             )
         flushed = self.packing.flushed(self.position)
         raw = residual.window(self.recent, flushed, self.position, self._as_raw(key, value))
-        window = residual.whole_groups(raw, flushed, self.start, self.packing.codec.group, tokens)
+        window = residual.whole_groups(raw, flushed, self.start, self.packing.codec.unit, tokens)
         keys, values = (
             form.decode(x) for form, x in zip(self.packing.raw_forms, window, strict=True)
         )
@@ -607,7 +607,7 @@ def blank(
     if spec.codec.residual:
         recent = Recent(
             *(
-                form.empty(batch_size, num_kv_heads, 2 * spec.codec.residual + spec.codec.group)
+                form.empty(batch_size, num_kv_heads, 2 * spec.codec.residual + spec.codec.unit)
                 for form in packing.raw_forms
             )
         )

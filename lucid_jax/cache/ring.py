@@ -48,11 +48,11 @@ class Sliding:
             value = check_count(getattr(self, name), f"{name} of Sliding", least)
             object.__setattr__(self, name, value)
         codec = check_codec(self.codec)
-        if codec.group > 1 and self.window < codec.residual + codec.group:
+        if codec.unit > 1 and self.window < codec.residual + codec.unit:
             raise ValueError(
-                f"a window of {self.window} is too small for {codec}: a group of {codec.group} "
+                f"a window of {self.window} is too small for {codec}: a group of {codec.unit} "
                 f"tokens is quantized when {codec.residual} more have come, and must then all be "
-                f"inside; use a window of at least {codec.residual + codec.group}, or smaller groups"
+                f"inside; use a window of at least {codec.residual + codec.unit}, or smaller groups"
             )
 
     def init(self, **shape: Any) -> Ring:
@@ -77,7 +77,7 @@ class Ring(Layer):
     @property
     def pinned(self) -> int:
         """S, the slots before the ring."""
-        return _whole(self.spec.sinks, self.packing.codec.group)
+        return _whole(self.spec.sinks, self.packing.codec.unit)
 
     @property
     def ring(self) -> int:
@@ -116,7 +116,7 @@ class Ring(Layer):
 
         def write(leaf: jax.Array, tokens: jax.Array) -> jax.Array:
             stride = self.num_slots // leaf.shape[2]
-            if new == self.packing.codec.group:  # one token, or one group: no wrap inside
+            if new == self.packing.codec.unit:  # one token, or one group: no wrap inside
                 begin = slot[..., 0] // stride
                 return slots.write_window(leaf, tokens, begin, real[..., ::stride])
             target = jnp.where(real, slot, self.num_slots)[..., ::stride] // stride
@@ -259,7 +259,7 @@ def _whole(count: int, group: int) -> int:
     ),
 )  # fmt: skip
 def _empty(spec: Sliding, **shape: Any) -> Ring:
-    group = spec.codec.group
+    group = spec.codec.unit
     # The window may begin inside a group, whose slots then wait for its last token to leave.
     ring = _whole(spec.window + spec.slack, group)
     return Ring(**blank(spec, _whole(spec.sinks, group) + ring, **shape))

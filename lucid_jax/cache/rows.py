@@ -241,7 +241,7 @@ def compact(
         (3, [5])
     """
     layer = state.own_layer(layer_idx)
-    if not isinstance(layer, Contiguous) or layer.packing.codec.group > 1:
+    if not isinstance(layer, Contiguous) or layer.packing.codec.unit > 1:
         raise ValueError(
             f"compact needs Static or Dynamic with a codec that stores each token by itself, got "
             f"{layer.spec}; a window already evicts, and groups of tokens are quantized together"
