@@ -55,7 +55,7 @@ def run_bench(*, as_json: bool = False, quick: bool = False) -> list[Row]:
         quick: smaller sizes and fewer repeats: shows that it runs, not how fast.
     """
     repeats = 1 if quick else 4
-    groups = (_append, _step, _reorder, _crop, _eager, _generation)
+    groups = (_append, _slide, _step, _codecs, _reorder, _crop, _eager, _generation)
     rows: list[Row] = []
     # Where nobody's terminal sets the width, let no cell be cut.
     console = Console(stderr=as_json, width=None if sys.stdout.isatty() else 120)
@@ -142,6 +142,55 @@ def _append(repeats: int, quick: bool) -> Iterator[Row]:
         ours = _carried(jax.jit(append, donate_argnums=0), state, token)
         times = _medians(repeats, partial(naive, buffers, 100, token), ours)
         yield Row("append", f"1 token, capacity {capacity}", "new buffer each step", *times)
+
+
+def _slide(repeats: int, quick: bool) -> Iterator[Row]:
+    token = _random(0, 1, 8, 1, 64)
+
+    def append(state: lj.CacheState, token: jax.Array) -> tuple[lj.CacheState]:
+        return (lj.update(state, token, token, 0),)
+
+    @partial(jax.jit, donate_argnums=0)
+    def shift(buffers: Any, token: jax.Array) -> Any:
+        return ([jnp.concatenate([b[:, :, 1:], token], axis=2) for b in buffers],)
+
+    for window in (512,) if quick else (512, 65536):
+        state = lj.init_cache(
+            lj.Sliding(window, sinks=4), num_layers=1, batch_size=1, num_kv_heads=8, head_dim=64
+        )
+        history = _random(1, 1, 8, window + 100, 64)
+        state = lj.update(state, history, history, 0, donate=True)  # wrapped
+        buffers = [_random(2, 1, 8, window, 64), _random(3, 1, 8, window, 64)]
+        ours = _carried(jax.jit(append, donate_argnums=0), state, token)
+        times = _medians(repeats, _carried(shift, buffers, token), ours)
+        yield Row("sliding append", f"1 token, window {window}", "shift the window", *times)
+
+
+def _codecs(repeats: int, quick: bool) -> Iterator[Row]:
+    """Attention over packed tokens against the same over float32 ones."""
+    capacity, length = (512, 400) if quick else (4096, 4000)
+    history = _random(1, 1, 8, length, 128)
+    attend = jax.jit(lambda state, query: lj.attend(state, query, 0))
+    codecs = {
+        "float32": lj.codecs.Identity(),
+        "int8": lj.codecs.Int8(),
+        "fp8": lj.codecs.Float8(),
+        "int4": lj.codecs.Int4(),
+        "kivi": lj.codecs.KIVI(),
+    }
+    for groups in (1,) if quick else (1, 4):
+        query = _random(4, 1, 8 * groups, 1, 128)
+        runs = []
+        for codec in codecs.values():
+            state = lj.init_cache(
+                lj.Static(capacity, codec), num_layers=1, batch_size=1, num_kv_heads=8, head_dim=128
+            )
+            state = lj.update(state, history, history, 0, donate=True)
+            runs.append(partial(attend, state, query))
+        plain, *packed = _medians(repeats, *runs)
+        for name, milliseconds in zip(list(codecs)[1:], packed, strict=True):
+            case = f"{name}, length {length} of {capacity}, G={groups}"
+            yield Row("attend", case, "float32 cache", plain, milliseconds)
 
 
 def _step(repeats: int, quick: bool) -> Iterator[Row]:

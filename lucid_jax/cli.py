@@ -150,7 +150,8 @@ def _generate(options: argparse.Namespace) -> int:
     prompt = [tokenizer.end_of_text_id, *tokenizer.encode(options.prompt)]
     need = len(prompt) + options.max_new_tokens - 1
     trained = model.config.max_position_embeddings
-    spec = parse_spec(options.cache, options.codec, capacity=options.capacity or need)
+    slots = need if options.capacity is None else options.capacity
+    spec = parse_spec(options.cache, options.codec, capacity=slots)
     if need > trained and not (options.rope_by_place and isinstance(spec, Sliding)):
         print(
             f"note: {need} positions are more than the {trained} this model was trained for",

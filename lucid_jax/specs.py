@@ -11,9 +11,7 @@ from lucid_jax.cache.layer import LayerSpec
 from lucid_jax.cache.ring import Sliding
 
 LAYOUTS = "static, static:CAPACITY, dynamic, sliding:WINDOW or sliding:WINDOW+SINKS"
-CODECS = (
-    "none, int8, fp8, int4, int4:GROUP, kivi or kivi:GROUP+RESIDUAL; -rotated turns keys first"
-)
+CODECS = "none, int8, fp8, int4, int4:GROUP, kivi or kivi:GROUP+RESIDUAL; -rotated turns keys first"
 
 
 def parse_spec(layout: str, codec: str = "none", *, capacity: int) -> LayerSpec:

@@ -41,6 +41,12 @@ def generate(*arguments):
         ([], r"static, 16 of 16 slots"),
         (["--cache", "static", "--capacity", "40"], r"static, 16 of 40 slots"),
         (["--cache", "dynamic"], r"dynamic, 16 of 64 slots"),
+        (["--cache", "sliding:6+2"], r"sliding:6\+2, 8 of 8 slots"),
+        (
+            ["--cache", "sliding:6+2", "--codec", "int4-rotated", "--rope-by-place"],
+            r"sliding:6\+2, 8 of 8 slots used as int4-rotated",
+        ),
+        (["--codec", "kivi:4+2"], r"static, 16 of 16 slots used as kivi:4\+2"),
         (["--no-cache"], r"none"),
     ],
 )
@@ -84,7 +90,14 @@ def test_same_seed_same_text_with_any_cache(folder, capsys):
         (["--min-p", "7"], "min_p"),
         (["--repetition-penalty", "0"], "repetition_penalty"),
         (["--seed", "-1"], "seed"),
-        (["--cache", "magic"], "invalid choice"),
+        (["--cache", "magic"], "sliding:WINDOW"),
+        (["--cache", "sliding"], "sliding:WINDOW"),
+        (["--cache", "dynamic:4"], "dynamic"),
+        (["--cache", "static:4"], "do not fit the cache"),
+        (["--codec", "int5"], "int8"),
+        (["--codec", "none-rotated"], "int8"),
+        (["--codec", "int4", "--no-cache"], "leave out"),
+        (["--codec", "kivi", "--cache", "sliding:8"], "window of at least"),
         (["--frobnicate"], "unrecognized"),
     ],
 )
@@ -97,6 +110,49 @@ def test_bad_input_is_one_line_and_exit_code_2(folder, capsys, flags, match):
         code = stop.code
     err = capsys.readouterr().err
     assert code == 2
+    assert match in err
+    assert err.count("\n") == 1
+
+
+def test_eval_prints_bits_per_byte_with_and_without_the_cache(folder, tmp_path, capsys):
+    """A cache that holds all costs nothing, one that forgets or rounds changes the figure."""
+    text = tmp_path / "text.txt"
+    text.write_text("some text about a list and a dict, and more text about a dict. " * 6)
+
+    def figures(*flags):
+        common = ["--checkpoint", str(folder), "--text", str(text), "--context", "64"]
+        assert cli.main(["eval", *common, *flags]) == 0
+        out = capsys.readouterr().out
+        plain, cached = (
+            float(re.search(rf"^{name}: +([\d.]+) bits per byte", out, re.M)[1])
+            for name in ("plain", "cache")
+        )
+        return plain, cached, int(re.search(r"^memory: +([\d,]+)", out, re.M)[1].replace(",", ""))
+
+    plain, exact, size = figures()
+    assert plain == exact > 0
+    assert figures("--cache", "dynamic") == (plain, exact, size)
+    plain_again, forgetful, small = figures("--cache", "sliding:2")
+    assert plain_again == plain != forgetful and small < size / 8
+    _, packed, smaller = figures("--codec", "int4")
+    assert abs(packed - plain) < 0.05 and smaller < size / 2
+    assert figures("--bytes", "50")[0] != plain
+
+
+@pytest.mark.parametrize(
+    ("flags", "match"),
+    [
+        (["--text", "no/such/file"], "no/such/file"),
+        (["--context", "0"], "at least 1"),
+        (["--bytes", "0"], "at least 1"),
+        (["--cache", "magic"], "sliding:WINDOW"),
+        (["--cache", "static:5", "--context", "9"], "capacity"),
+    ],
+)
+def test_bad_input_to_eval_is_one_line_and_exit_code_2(folder, capsys, flags, match):
+    """Nonsense never shows a traceback."""
+    assert cli.main(["eval", "--checkpoint", str(folder), *flags]) == 2
+    err = capsys.readouterr().err
     assert match in err
     assert err.count("\n") == 1
 
@@ -126,7 +182,10 @@ def test_bench_prints_json_for_machines(capsys):
     report = json.loads(capsys.readouterr().out)
     assert report["environment"]["backend"] == "cpu"
     operations = {row["operation"] for row in report["rows"]}
-    assert operations == {"append", "append + attend", "reorder", "crop", "eager update", "decode"}
+    assert operations == {
+        "append", "sliding append", "append + attend", "attend", "reorder", "crop", "eager update",
+        "decode",
+    }  # fmt: skip
     assert all(row["ratio"] > 0 for row in report["rows"])
 
 
@@ -136,7 +195,7 @@ def test_bench_prints_a_table(capsys, monkeypatch):
 
     row = bench.Row("append", "1 token", "copying", 2.0, 0.5)
     monkeypatch.setattr(bench, "_append", lambda repeats, quick: [row])
-    for group in ("_step", "_reorder", "_crop", "_eager", "_generation"):
+    for group in ("_slide", "_step", "_codecs", "_reorder", "_crop", "_eager", "_generation"):
         monkeypatch.setattr(bench, group, lambda repeats, quick: [])
     bench.run_bench(quick=True)
     out = capsys.readouterr().out
