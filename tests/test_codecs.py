@@ -210,3 +210,24 @@ def test_crop_before_a_flush_leaves_no_trace_in_a_scale():
         kept.append(stored(state))
     np.testing.assert_array_equal(kept[0][0], kept[1][0])
     assert kept[0][0].shape[1] == 13
+
+
+@pytest.mark.parametrize("codec", EVERY.values(), ids=EVERY)
+def test_what_is_quantized_is_never_quantized_again(codec):
+    """Later tokens, loud ones too, leave the stored bits of earlier ones alone."""
+    key, value = tokens(7, 1, 40, H, D, D)
+    state = make(lj.Static(40, codec), batch=1, heads=H, dim=D, value_dim=D)
+    state = lj.update(state, key[:, :, :20], value[:, :, :20], 0)
+    settled = int(state.layers[0].packing.flushed(jnp.int32(20)))
+    assert settled >= 16
+
+    def packed(state):
+        layer = state.layers[0]
+        cut = lambda leaf: np.asarray(leaf[:, :, : settled * leaf.shape[2] // layer.num_slots])  # noqa: E731
+        return jax.tree.map(cut, (layer.key, layer.value))
+
+    before = packed(state)
+    for step in range(20, 40):
+        new = (x[:, :, step : step + 1] * np.float32(1000) for x in (key, value))
+        state = lj.update(state, *new, 0)
+    jax.tree.map(np.testing.assert_array_equal, packed(state), before)

@@ -77,6 +77,35 @@ def test_any_prefill_chunk_gives_the_same(model, chunk):
     np.testing.assert_allclose(lj.get(result.cache, 1)[0], lj.get(expected.cache, 1)[0], atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "spec",
+    [
+        lj.Sliding(7, sinks=2),
+        lj.Sliding(12, sinks=1, codec=lj.codecs.KIVI(group=4, residual=3)),
+        lj.Static(120, lj.codecs.Int8()),
+        [lj.Sliding(6), lj.Dynamic(lj.codecs.Int4())],
+    ],
+    ids=str,
+)
+def test_any_cache_decodes_the_same_however_it_is_fed(model, spec):
+    """Prefill in chunks longer or shorter than the window, then a loop that wraps it many times."""
+    runs = [
+        generate(model, PROMPTS, max_new_tokens=60, cache=spec, prefill_chunk=chunk)
+        for chunk in (3, 512)
+    ]
+    assert runs[0].rows() == runs[1].rows()
+    alone = generate(model, PROMPTS[1:2], max_new_tokens=60, cache=spec)
+    assert alone.rows() == runs[0].rows()[1:2]
+    if isinstance(spec, lj.Sliding):
+        assert lj.nbytes(alone.cache) == lj.nbytes(model.init_cache(spec, 1, ragged=True))
+
+
+def test_a_window_that_holds_everything_changes_nothing(model):
+    """A ring that never drops a token decodes as a static cache does."""
+    plain = generate(model, PROMPTS, max_new_tokens=30)
+    assert generate(model, PROMPTS, max_new_tokens=30, cache=lj.Sliding(64)).rows() == plain.rows()
+
+
 def test_stop_tokens_end_a_row_and_the_loop(model):
     """A row ends with its stop token, sits out afterwards, and the loop ends with the last row."""
     free = generate(model, PROMPTS, max_new_tokens=40).rows()

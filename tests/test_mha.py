@@ -537,3 +537,50 @@ def test_dot_product_accumulates_in_float32(dtype):
     want = dot_product(*(x.astype(jnp.float32) for x in arrays))
     assert got.dtype == dtype
     np.testing.assert_allclose(got.astype(jnp.float32), want, atol=0.02)
+
+
+# --- windows and places ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("split", [*SPLITS, (9,)], ids=str)
+@pytest.mark.parametrize("ragged", [False, True], ids=["aligned", "ragged"])
+def test_a_sliding_cache_is_the_window_of_the_module(split, ragged):
+    """A ring of 3 gives, in any chunking, what `window=3` gives without a cache."""
+    attention, windowed = build(), build(window=3)
+    x, cache = hidden(), pure(attention, lj.Sliding(3), ragged=ragged)
+    outs = []
+    for chunk in chunks(split):
+        out, cache = attention(x[:, chunk], cache=cache)
+        outs.append(out)
+    close(jnp.concatenate(outs, axis=1), whole(windowed, x))
+
+
+@pytest.mark.parametrize("kind", [nn.DynamicKVCache, lambda: nn.StaticKVCache(16, 1), None])
+def test_places_are_positions_while_nothing_is_gone(kind):
+    """Until crop or a window drops something, both kinds of rotary position agree."""
+    absolute, by_place = build(), build(rope_by_place=True)
+    x = hidden()
+    cache = pure(by_place) if kind is None else kind()
+    outs = []
+    for chunk in chunks((5, 1, 3)):
+        out = by_place(x[:, chunk], cache=cache)
+        if kind is None:
+            out, cache = out
+        outs.append(out)
+    close(jnp.concatenate(outs, axis=1), whole(absolute, x))
+    close(whole(by_place, x), whole(absolute, x))
+
+
+def test_by_place_far_text_is_as_near_text():
+    """What leaves the window leaves no trace: the same last tokens give the same output."""
+    attention = build(rope_by_place=True)
+    x = hidden(40)
+    outs = []
+    for begin in (0, 20):
+        cache = pure(attention, lj.Sliding(4))
+        outs.append(attention(x[:, begin:], cache=cache)[0][:, -1])
+    close(*outs)
+    with pytest.raises(ValueError, match="rope_by_place"):
+        attention(x, cache=pure(attention, lj.Sliding(4)), positions=jnp.arange(40))
+    with pytest.raises(ValueError, match="rope_theta"):
+        build(rope_theta=None, rope_by_place=True)

@@ -17,8 +17,9 @@ def test_there_are_blocks():
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
-def test_block_runs_and_prints_its_comments(block):
+def test_block_runs_and_prints_its_comments(block, tmp_path, monkeypatch):
     """Each `print(...)  # text` prints that text."""
+    monkeypatch.chdir(tmp_path)  # one saves a file
     expected = re.findall(r"^print\(.*\)  # (.*)$", block, re.M)
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
