@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import lucid_jax as lj
+from lucid_jax.attention.dense import dot_product
 from tests.helpers import D, H, assert_same, make, poison, queries, snapshot, stored, tokens
 
 # A spec that holds a given number of tokens, with a codec; rolls back 3, takes chunks of 4.
@@ -123,6 +124,20 @@ def test_any_chunking_of_the_same_tokens_gives_the_same_state_and_outputs(empty,
             got = np.concatenate(outs, axis=2)
             np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
     assert sum(out.shape[2] for out in outputs["extend"]) == 9
+
+
+def test_every_query_sees_what_is_stored_once_if_not_causal(empty):
+    """Cross-attention: all that `get` gives, also for more queries than a chunk may have."""
+    state = lj.rollback(_fill(empty(), 14), 1)
+    query = queries(1, B, 6)
+    keys, values, valid = (jnp.asarray(x) for x in lj.get(state, 0))
+    mask = valid.reshape(-1, 1, 1, valid.shape[-1])
+    keys, values = (x.astype(jnp.float32) for x in (keys, values))
+    expected = dot_product(jnp.asarray(query), keys, values, causal=False, mask=mask)
+    out = lj.attend(state, query, 0, causal=False)
+    # What `get` decodes is rounded to the tokens' dtype, which attention on packed tokens is not.
+    close = 1e-4 if state.layers[0].dtype == jnp.float32 else 2e-2
+    np.testing.assert_allclose(out, expected, rtol=close, atol=close)
 
 
 def test_tokens_come_out_in_the_order_they_went_in(empty, codec):

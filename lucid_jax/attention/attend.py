@@ -307,7 +307,11 @@ def _attend(
     options: _Options,
 ) -> tuple[jax.Array, jax.Array]:
     tokens = query.shape[2]
-    if places is None:
+    if not options.causal:  # all see what the latest token sees: what is stored
+        position = jnp.broadcast_to(
+            (layer.position - 1)[..., None], (*layer.position.shape, tokens)
+        )
+    elif places is None:
         counts_ = None if counts is None else jnp.asarray(counts)
         newest = jnp.full_like(layer.position, tokens) if counts_ is None else counts_
         position = span(layer.position - newest, tokens)
@@ -422,8 +426,8 @@ def _walk(
             seen = seen & (before >= 0)
             if options.window is not None:
                 seen = seen & (before < options.window)
-            if region.sees is not None:
-                seen = seen & region.sees(asked, at)
+        if region.sees is not None:
+            seen = seen & region.sees(asked, at)
         if part.visible is not None:
             seen = seen & part.visible(asked, at)
 
