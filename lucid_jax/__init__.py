@@ -31,6 +31,7 @@ from lucid_jax.cache.state import (
     rollback,
     select,
     seq_length,
+    stored_positions,
     update,
     valid,
 )
@@ -116,6 +117,7 @@ __all__ = [
     "scoring",
     "select",
     "seq_length",
+    "stored_positions",
     "stream",
     "update",
     "valid",

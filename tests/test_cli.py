@@ -120,7 +120,7 @@ def test_eval_prints_bits_per_byte_with_and_without_the_cache(folder, tmp_path, 
     text.write_text("some text about a list and a dict, and more text about a dict. " * 6)
 
     def figures(*flags):
-        common = ["--checkpoint", str(folder), "--text", str(text), "--context", "64"]
+        common = ["--checkpoint", str(folder), "--text", str(text), "--context", "100"]
         assert cli.main(["eval", *common, *flags]) == 0
         out = capsys.readouterr().out
         plain, cached = (

@@ -233,7 +233,7 @@ CALLS = {
 @pytest.fixture(params=CALLS)
 def call(request, codec):
     """A verb, called on a state with or without donating it."""
-    if request.param == "place" and CODECS[codec][0].group > 1:
+    if request.param == "place" and CODECS[codec][0].unit > 1:
         pytest.skip("groups of tokens take no places; test_codecs says so")
     return CALLS[request.param]
 

@@ -584,3 +584,32 @@ def test_by_place_far_text_is_as_near_text():
         attention(x, cache=pure(attention, lj.Sliding(4)), positions=jnp.arange(40))
     with pytest.raises(ValueError, match="rope_theta"):
         build(rope_theta=None, rope_by_place=True)
+
+
+def test_cross_attention_refuses_a_window():
+    """Encoder tokens must not slide away."""
+    attention = build(rope_theta=None)
+    with pytest.raises(ValueError, match="every token of the encoder"):
+        attention(hidden(2), cache=pure(attention, lj.Sliding(4)), encoder_hidden=hidden(9),
+                  is_cross_attention=True)  # fmt: skip
+
+
+@pytest.mark.parametrize("by_place", [False, True], ids=["absolute", "by-place"])
+@pytest.mark.parametrize(
+    "first", [lj.Static(16), lj.Sliding(5, slack=4)], ids=["static", "sliding"]
+)
+def test_a_sharing_layer_attends_to_what_the_other_stored(first, by_place):
+    """It makes no keys of its own, and its queries stand where the stored tokens do."""
+    attention = build(rope_by_place=by_place)
+    twin = nn.MultiHeadAttention(WIDTH, 4, 2, rope_theta=100.0, rope_by_place=by_place,
+                                 rngs=nnx.Rngs(0))  # fmt: skip
+    x, cache = hidden(), pure(attention, [first, lj.Shared(0)], ragged=True)
+    alone = pure(attention, first, ragged=True)
+    for chunk in chunks((5, 1, 3)):
+        lengths = [chunk.stop - chunk.start] * B
+        out, cache = attention(x[:, chunk], cache=cache, layer_idx=0, lengths=lengths)
+        expected, alone = attention(x[:, chunk], cache=alone, lengths=lengths)
+        shared, cache = twin(x[:, chunk], cache=cache, layer_idx=1, lengths=lengths)
+        close(out, expected)
+        close(shared, expected)  # the same weights and input: the same queries and keys
+        assert lj.seq_length(cache, 1).tolist() == lj.seq_length(alone).tolist()

@@ -9,7 +9,10 @@ import pytest
 import lucid_jax
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
-IMAGES = {"02_jit_decode_loop.ipynb": 2}  # how many plots; the others draw none
+IMAGES = {
+    "02_jit_decode_loop.ipynb": 2,
+    "03_memory.ipynb": 3,
+}  # how many plots; the others draw none
 
 # What the kernel's own packages warn about is not ours to fix.
 STRICT = """

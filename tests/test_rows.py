@@ -160,11 +160,18 @@ def test_a_traced_insert_that_does_not_fit_changes_nothing_but_the_flag():
         (lambda s: lj.extract(s, -1), IndexError, r"\[0, 4\)"),
         (lambda s: lj.concat([]), ValueError, "at least one"),
         (lambda s: lj.concat([s, make(lj.Static(9), ragged=True)]), ValueError, "equal layers"),
+        (
+            lambda s: lj.concat(
+                [make(lj.Static(64), ragged=True), make(lj.Dynamic(), ragged=True)]
+            ),
+            ValueError,
+            "equal layers",
+        ),
         (lambda s: lj.free(s, [7]), IndexError, r"\[0, 4\)"),
         (lambda s: lj.free(s, [True]), ValueError, r"\(4,\)"),
         (lambda s: lj.free(make(batch=4), [0]), ValueError, "ragged"),
     ],
-    ids=range(15),
+    ids=range(16),
 )
 def test_rows_that_cannot_move_are_refused_with_the_fix(call, error, says):
     """Before anything changes."""
@@ -185,6 +192,38 @@ def test_moving_rows_compiles_once_and_makes_no_copy(compilations):
     run = jax.jit(lambda s, o: lj.insert(s, jnp.array([2]), o), donate_argnums=0)
     scratch = run.lower(large, new).compile().memory_analysis().temp_size_in_bytes
     assert scratch < large.layers[0].key.nbytes / 8
+
+
+def test_a_residual_longer_than_a_block_moves_whole():
+    """Of the full-precision ring every slot counts, however few the other layer has."""
+    codec = lj.codecs.KIVI(group=64, residual=128)
+    one = make(lj.Static(320, codec), batch=1)
+    one = lj.update(one, *tokens(0, 1, 310), 0)
+    joined = lj.insert(make(lj.Static(640, codec), batch=2, ragged=True), [1], one)
+    for ours, theirs in zip(stored(joined, row=1), stored(one), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_of_rows_named_twice_the_last_wins_in_every_leaf():
+    """A traced caller may name a row twice; contents and counters then come from one sequence."""
+    other = _batch(lj.Static(20), [9, 4], seed=1)
+    joined = jax.jit(lj.insert)(_batch(lj.Static(20)), np.array([1, 1]), other)
+    _same_row(joined, 1, other, 1)
+
+
+def test_rows_need_room_only_in_their_own_layers():
+    """A layer that holds little is not asked to hold what another does."""
+    specs = [lj.Static(8), lj.Dynamic(), lj.Sliding(4)]
+    sizes = {"batch_size": 1, "num_kv_heads": H, "head_dim": 4, "value_head_dim": 3, "ragged": True}
+    one = lj.init_cache(specs, **sizes)
+    for i, count in enumerate((5, 100, 20)):
+        one = lj.update(one, *tokens(i, 1, count), i)
+    joined = lj.insert(lj.init_cache(specs, **sizes), [0], one)
+    assert [lj.seq_length(joined, i).tolist() for i in range(3)] == [[5], [100], [4]]
+    roomy = lj.ensure_capacity(joined, 3)
+    assert [lj.capacity(roomy, i) for i in range(3)] == [8, 128, 4]
+    with pytest.raises(ValueError, match="layer 0 cannot grow: 9 tokens"):
+        lj.ensure_capacity(joined, 4)
 
 
 # --- eviction --------------------------------------------------------------------------------------
@@ -234,7 +273,7 @@ def test_compact_keeps_the_chosen_tokens_of_each_head_in_order(mode, codec):
     assert lj.seq_length(lj.crop(longer, 1)).tolist() == [1, 1]
 
 
-def test_evicting_in_a_compiled_loop_keeps_the_carry_and_copies_nothing():
+def test_evicting_in_a_compiled_loop_keeps_the_carry():
     """An H2O-like loop: append, and when full keep the best; one program, no growth."""
     spec = lj.Static(8, track=True)
 
@@ -278,6 +317,33 @@ def test_unequal_eviction_is_refused_eagerly_and_flagged_traced():
         flagged = compact(state, keep, layer_idx=0)
         assert np.asarray(lj.overflowed(flagged)).all()
         np.testing.assert_array_equal(lj.get(flagged, 0)[0], lj.get(state, 0)[0])
+        assert np.all(lj.seq_length(lj.rollback(flagged, 2)) == 4)  # nothing was evicted
+
+
+def test_positions_of_stored_tokens_are_remembered():
+    """`stored_positions` says them per head; one position for all heads there no longer is."""
+    state = lj.update(make(batch=1), *tokens(0, 1, 6), 0)
+    assert lj.stored_positions(state).tolist() == [0, 1, 2, 3, 4, 5, -1, -1]
+    state = lj.compact(state, np.isin(np.arange(8), [0, 3, 4]), 0)
+    assert lj.stored_positions(state)[0].tolist() == [[0, 3, 4, -1, -1, -1, -1, -1]] * H
+    for call in (
+        lambda: lj.positions(state, 1, cache_position=0),
+        lambda: lj.attend(state, queries(0, 1, 1), 0, cache_position=0),
+    ):
+        with pytest.raises(ValueError, match="append instead"):
+            call()
+
+
+def test_eviction_moves_only_what_is_stored_and_in_place():
+    """Temporaries stay far below one buffer, and a donated buffer is reused."""
+    state = make(lj.Static(4096, track=True), batch=1, dim=64, value_dim=64)
+    keep = jnp.arange(4096) % 2 == 0
+    run = jax.jit(lambda s: lj.compact(s, keep, 0), donate_argnums=0)
+    scratch = run.lower(state).compile().memory_analysis().temp_size_in_bytes
+    buffer = state.layers[0].key
+    assert scratch < buffer.nbytes / 4
+    pointer = buffer.unsafe_buffer_pointer()
+    assert lj.compact(state, keep, 0, donate=True).layers[0].key.unsafe_buffer_pointer() == pointer
 
 
 @pytest.mark.parametrize(
@@ -363,15 +429,29 @@ def test_a_sharing_layer_stores_nothing_and_says_who_does():
         ([lj.Static(4), lj.Shared(1)], {}, "earlier layer"),
         ([lj.Shared(0), lj.Static(4)], {}, "earlier layer"),
         ([lj.Static(4), lj.Shared(0), lj.Shared(1)], {}, "earlier layer"),
+        ([lj.Static(4), lj.Shared(0)], {"num_kv_heads": [2, 1]}, "must be that of layer 0"),
         ([lj.Static(4)] * 2, {"num_kv_heads": [2]}, "1 entries for 2"),
         ([lj.Static(4)] * 2, {"head_dim": [2, 0]}, "at least 1"),
     ],
-    ids=range(5),
+    ids=range(6),
 )
 def test_layers_that_make_no_sense_are_refused(specs, sizes, says):
     """At the start."""
     with pytest.raises(ValueError, match=says):
         lj.init_cache(specs, **{"batch_size": 1, "num_kv_heads": 2, "head_dim": 4, **sizes})
+
+
+def test_errors_name_the_layers_of_the_model():
+    """Not the number of the stored state, where some layers share one."""
+    specs = [lj.Static(4), lj.Shared(0), lj.Static(2)]
+    state = lj.init_cache(specs, batch_size=1, num_kv_heads=H, head_dim=4, value_head_dim=3)
+    full = jax.jit(lambda s: lj.update(lj.update(s, *tokens(0, 1, 2), 2), *tokens(0, 1, 1), 2))(
+        state
+    )
+    with pytest.raises(OverflowError, match="layer 2"):
+        lj.check_overflow(full)
+    with pytest.raises(ValueError, match="layer 2 cannot grow"):
+        lj.grow(state, 3)
 
 
 def test_a_mixed_state_is_one_carry():

@@ -9,6 +9,7 @@ log-sum-exp merge without its rounding. Shapes: query (B, N, T, D), N = H * G he
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -122,12 +123,19 @@ def attend(
     tokens = query.shape[2]
     counts = as_counts(lengths, layer, tokens)
     places = as_places(cache_position, layer.batch_size, tokens, counts)
+    check_places_possible(layer, places)
     options = _as_options(query, scale, softcap, window, causal, rope_theta)
+    if places is not None and not layer.bounded:
+        raise ValueError(
+            "a sliding layer cannot tell after the update where cache_position= was; call "
+            "extend(state, query, key, value, layer_idx, cache_position=...) instead of both"
+        )
     if causal and layer.lookback is not None and tokens > layer.lookback + 1:
         raise ValueError(
             f"{layer.spec} keeps what chunks of at most {layer.lookback + 1} tokens may see, and "
             f"{tokens} queries came; call extend(state, query, key, value, layer_idx) instead of "
-            "update and attend, or give it more slack= (KIVI: residual=)"
+            "update and attend, or, as a layer that reads another's tokens must, send fewer tokens at "
+            "a time or give it more slack= (KIVI: residual=)"
         )
     if (mask is not None or bias is not None) and not layer.bounded and tokens > 1:
         raise ValueError(
@@ -166,7 +174,7 @@ def extend(
 
     A layer that keeps only the latest tokens no longer has, once a long chunk is in, what the chunk's
     first queries should see. This reads before it overwrites, so chunks of any length give what the
-    same tokens give one by one.
+    same tokens give one by one. Cost is O(T * (length + T)).
 
     Args:
         state: the cache, without the T tokens.
@@ -175,7 +183,8 @@ def extend(
         value: (B, H, T, Dv).
         layer_idx: which layer.
         lengths: see `update`.
-        cache_position: see `update`; not for chunks that need reading first.
+        cache_position: see `update`; not for chunks that need reading first. A `mask` of a sliding
+            layer then goes by what `get` gives after the call.
         scale: see `attend`.
         softcap: see `attend`.
         window: see `attend`.
@@ -344,9 +353,11 @@ def _extend(
         return result, layer.put(chunk)
     if places is None:
         layer = layer.append(key, value, counts)
-    else:
-        layer = layer.write(key, value, jnp.asarray(places), counts)
-    return _attend(layer, query, places, counts, mask, bias, options), layer
+        return _attend(layer, query, None, counts, mask, bias, options), layer
+    # Where the places are, before tokens past the end move a window on.
+    position = absolute_positions(layer, places)
+    layer = layer.write(key, value, jnp.asarray(places), counts)
+    return _over(layer.parts(), layer, query, position, counts, mask, bias, options), layer
 
 
 _STATIC = ("options", "first")
@@ -380,7 +391,9 @@ def _over(
             rows = rope(rows, region.query_place(position), options.rope_theta)
         # Heads of a group and tokens share one axis: scores are one matrix product per KV head.
         rows = (rows * options.scale).reshape(*shape, -1)
-        for part in parts:
+        for index, part in enumerate(parts):
+            if index == 0 and region.slots is not None:
+                part = dataclasses.replace(part, stop=jnp.minimum(part.stop, region.slots))
             running = _walk(running, part, region, rows, position, mask, bias, options)
     total = running.total
     out = running.acc / jnp.where(total > 0, total, 1)[..., None]

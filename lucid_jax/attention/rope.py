@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 
 def rope(x: jax.Array, positions: jax.Array, theta: float = 10000.0) -> jax.Array:
@@ -43,6 +44,11 @@ def rope(x: jax.Array, positions: jax.Array, theta: float = 10000.0) -> jax.Arra
     # The same for all heads: [1 or B, 1, T, D/2].
     angles = positions.astype(jnp.float32).reshape(-1, 1, length, 1) * frequencies[None, None, None]
     cos, sin = jnp.cos(angles), jnp.sin(angles)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
+    # Behind a barrier, or XLA on CPU computes them again for every head: 26 ms for a window of 2048
+    # and 8 heads of 128, against 7 ms.
+    cos, sin = lax.optimization_barrier(
+        (jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1))
+    )
+    wide = x.astype(jnp.float32)
+    swapped = jnp.concatenate(jnp.split(wide, 2, axis=-1)[::-1], axis=-1)
+    return (wide * cos + swapped * sin).astype(x.dtype)

@@ -99,8 +99,7 @@ class Int4(Codec):
     Affine. With groups of 64, 3.56 times smaller than bfloat16 at head_dim 128.
 
     Attributes:
-        group: channels that share a scale; a head narrower than that has one. Otherwise it must
-            divide head_dim.
+        group: the most channels that share a scale; the largest divisor of head_dim up to it do.
         rotate: turn keys by a Hadamard matrix first, which tames outlier channels.
     """
 
@@ -124,6 +123,7 @@ class KIVI(Codec):
     The latest `residual` tokens are always read in full precision; behind them, whole groups are
     quantized, once. What was full precision is kept long enough that rolling back up to `residual`
     tokens, across such a flush too, is exact. Tokens are only appended: `cache_position` is refused.
+    A step quantizes the group it may complete, so that an append costs O(group), not O(1).
 
     Attributes:
         group: tokens of a group.
@@ -155,13 +155,11 @@ class KIVI(Codec):
 
 
 def _rotated(form: Form, rotate: bool) -> Form:
-    return Rotated(form.dtype, form.dim, form) if rotate else form
+    if not rotate:
+        return form
+    return Rotated(form.dtype, form.dim, dataclasses.replace(form, dtype="float32"))
 
 
-def _channels(channels: int, dim: int) -> int:
-    shared = min(channels, dim)
-    if dim % shared:
-        raise ValueError(
-            f"groups of {channels} channels must divide the head_dim of {dim}; choose a divisor of it"
-        )
-    return shared
+def _channels(most: int, dim: int) -> int:
+    """The largest divisor of a width up to a number of channels."""
+    return max(n for n in range(1, min(most, dim) + 1) if dim % n == 0)

@@ -166,14 +166,7 @@ class Contiguous(Layer):
         self, key: jax.Array, value: jax.Array, index: jax.Array, counts: jax.Array | None
     ) -> Self:
         """See `Layer.write`. Slots skipped between the old length and the new one become zeros."""
-        tokens = key.shape[2]
-        if self.ragged and index.ndim == 1:
-            index = jnp.broadcast_to(index, (self.batch_size, tokens))
-        real = jnp.ones(index.shape, bool)
-        count_ok = jnp.ones_like(self.overflowed)
-        if counts is not None:
-            real = slots.span(jnp.zeros_like(counts), tokens) < counts[:, None]
-            count_ok = (counts >= 0) & (counts <= tokens)
+        index, real, count_ok = self.named(index, counts)
         row = -1 if self.ragged else None  # what shares one length: a row, or the whole batch
         in_range = jnp.all(~real | ((index >= 0) & (index < self.capacity)), axis=row)
         ok = in_range & count_ok
@@ -261,6 +254,7 @@ class Contiguous(Layer):
         new = other.tracked().places
         assert new is not None
         target = jnp.where(self.takes_rows(rows, other), rows, self.batch_size)
+        target = slots.last_wins(target, dropped=self.batch_size)
         used = jnp.minimum(other.slots_in_use(), self.num_slots)
         floor = jnp.broadcast_to(new.floor, rows.shape)
         return moved.replace(
@@ -306,23 +300,28 @@ class Contiguous(Layer):
             )
         )
 
-    def compact(self, keep: jax.Array, count: jax.Array) -> Self:
-        """Keeps the tokens at indices `keep`, int32 (B, H, K) ascending; of each K the first `count`.
+    def stored_positions(self) -> jax.Array:
+        """See `Layer.stored_positions`. Heads may differ once some were evicted."""
+        if self.places is None:
+            return super().stored_positions()
+        live = self.valid().reshape(-1, 1, self.capacity)
+        return jnp.where(live, self.places.position[:, :, : self.capacity], -1)
 
-        `count` is int32 [] or [B], at most the length. Positions are remembered.
+    def compact(self, keep: jax.Array, count: jax.Array, ok: jax.Array) -> Self:
+        """Keeps the tokens at indices `keep`, int32 (B, H, C) ascending, the first `count` of them.
+
+        `count` is int32 [] or [B], at most the length; where not `ok`, that is everything. Positions
+        are remembered.
         """
         layer = self.tracked()
         assert layer.places is not None
-
-        def pull(leaf: jax.Array) -> jax.Array:
-            index = keep.reshape(*keep.shape, *(1,) * (leaf.ndim - 3))
-            moved = jnp.take_along_axis(leaf, index, axis=2, mode="clip")
-            return lax.dynamic_update_slice_in_dim(leaf, moved, 0, axis=2)
-
+        most = jnp.max(count)
+        pull = lambda leaf: slots.pull(leaf, keep, most)  # noqa: E731
+        floor = jnp.where(ok, self.position, layer.places.floor)
         return layer.replace(
             key=jax.tree.map(pull, layer.key),
             value=jax.tree.map(pull, layer.value),
-            places=Places(position=pull(layer.places.position), floor=self.position),
+            places=Places(position=pull(layer.places.position), floor=floor),
             start=self.position - count,
         )
 

@@ -239,19 +239,18 @@ class Rotated(Form):
     orthogonal, so turning the queries alike leaves every score as it was.
 
     Attributes:
-        inner: the form that stores the rotated tokens.
+        inner: the form that stores the rotated tokens, which are float32.
     """
 
     inner: Form
 
     def encode(self, tokens: jax.Array) -> Stored:
         """See `Form.encode`."""
-        return self.inner.encode(_turn(tokens.astype(jnp.float32)).astype(tokens.dtype))
+        return self.inner.encode(_turn(tokens.astype(jnp.float32)))
 
     def decode(self, stored: Stored) -> jax.Array:
         """See `Form.decode`."""
-        tokens = self.inner.decode(stored)
-        return _turn(tokens.astype(jnp.float32)).astype(tokens.dtype)
+        return _turn(self.inner.decode(stored)).astype(self.dtype)
 
     def scores(self, rows: jax.Array, stored: Stored) -> jax.Array:
         """See `Form.scores`."""

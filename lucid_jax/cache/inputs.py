@@ -119,6 +119,15 @@ def check_reach(layer: Layer, tokens: int, places: Any, counts: Any) -> None:
 def make_room(layer: Layer, tokens: int, places: Any, counts: Any) -> Layer:
     """Eager: the layer itself if the tokens fit, a grown copy if it may grow, else an error."""
     if not layer.bounded:
+        if places is not None:
+            real = _real(places, tokens, counts)
+            last = np.iinfo(np.int32).max - 1 - int(np.max(np.asarray(layer.position)))
+            far = int(np.max(np.broadcast_to(places, real.shape), initial=-1, where=real))
+            if far > last:
+                raise ValueError(
+                    f"cache_position must be at most {last}, so that int32 can count positions, got "
+                    f"{far}"
+                )
         return layer
     stored = np.asarray(layer.length)
     if places is None:

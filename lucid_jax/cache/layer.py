@@ -25,6 +25,8 @@ from lucid_jax.cache.forms import Form, Raw, Stored
 from lucid_jax.cache.part import Part, Region, wide
 from lucid_jax.cache.residual import Recent
 
+_COUNTERS = ("start", "position", "reach", "overflowed")
+
 
 @dataclasses.dataclass(frozen=True)
 class Packing:
@@ -221,6 +223,11 @@ class Layer(abc.ABC):
         A slot is live that holds a token not cropped nor rolled back, if outside the window.
         """
 
+    def stored_positions(self) -> jax.Array:
+        """Absolute positions of the tokens of `get`, -1 where none is: [C], [B, C] or [B, H, C]."""
+        index = slots.span(jnp.zeros_like(self.position), self.capacity)
+        return jnp.where(self.valid(), self.position_of(index), -1)
+
     @abc.abstractmethod
     def slots_in_use(self) -> jax.Array:
         """A bound below which all live slots are, int32 []: it follows length, not capacity."""
@@ -277,6 +284,24 @@ class Layer(abc.ABC):
             exact=False,
             raw=raw,
         )
+
+    def named(
+        self, index: jax.Array, counts: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """What `write` is asked for, with T places, int32 [T] or [B, T].
+
+        Returns:
+            The places, [B, T] if rows are independent; which of them are of real tokens, bool alike;
+            and whether `counts` make sense, bool [] or [B].
+        """
+        tokens = index.shape[-1]
+        if self.ragged and index.ndim == 1:
+            index = jnp.broadcast_to(index, (self.batch_size, tokens))
+        real, ok = jnp.ones(index.shape, bool), jnp.ones_like(self.overflowed)
+        if counts is not None:
+            real = slots.span(jnp.zeros_like(counts), tokens) < counts[:, None]
+            ok = (counts >= 0) & (counts <= tokens)
+        return index, real, ok
 
     def _as_raw(self, key: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
         key_form, value_form = self.packing.raw_forms
@@ -486,17 +511,21 @@ class Layer(abc.ABC):
         inside = (rows >= 0) & (rows < self.batch_size)
         taken = self.takes_rows(rows, other)
         target = jnp.where(taken, rows, self.batch_size)
-        changes: dict[str, Any] = {}
-        for name in ("key", "value", "recent"):
-            used = jnp.int32(other.num_slots)
-            if name != "recent":
-                used = jnp.minimum(other.slots_in_use(), self.num_slots)
+        # Of rows that are named twice, as a traced caller may, the last wins in every leaf.
+        target = slots.last_wins(target, dropped=self.batch_size)
+        used = jnp.minimum(other.slots_in_use(), self.num_slots)
 
-            def move(leaf: jax.Array, new: jax.Array, used: jax.Array = used) -> jax.Array:
-                stride = max(1, self.num_slots // leaf.shape[2])
-                return slots.put_rows(leaf, new, target, -(-used // stride))
+        def move(leaf: jax.Array, new: jax.Array) -> jax.Array:
+            return slots.put_rows(leaf, new, target, -(-used // (self.num_slots // leaf.shape[2])))
 
-            changes[name] = jax.tree.map(move, getattr(self, name), getattr(other, name))
+        def move_whole(leaf: jax.Array, new: jax.Array) -> jax.Array:
+            return slots.put_rows(leaf, new, target, jnp.int32(leaf.shape[2]))
+
+        changes: dict[str, Any] = {
+            "key": jax.tree.map(move, self.key, other.key),
+            "value": jax.tree.map(move, self.value, other.value),
+            "recent": jax.tree.map(move_whole, self.recent, other.recent),
+        }
         for name in ("start", "position", "reach"):
             new = jnp.broadcast_to(getattr(other, name), rows.shape)
             changes[name] = getattr(self, name).at[target].set(new, mode="drop")
@@ -522,7 +551,7 @@ class Layer(abc.ABC):
         return self.replace(
             **{
                 name: jnp.where(gone, getattr(empty, name), getattr(self, name))
-                for name in ("start", "position", "reach", "overflowed")
+                for name in _COUNTERS
             }
         )
 
@@ -544,12 +573,7 @@ class Layer(abc.ABC):
 
     def reset(self) -> Self:
         """Empties the layer; buffers are kept and what they hold is never seen again."""
-        return self.replace(
-            **{
-                name: jnp.zeros_like(getattr(self, name))
-                for name in ("start", "position", "reach", "overflowed")
-            }
-        )
+        return self.replace(**{name: jnp.zeros_like(getattr(self, name)) for name in _COUNTERS})
 
 
 class LayerSpec(Protocol):

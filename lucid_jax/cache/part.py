@@ -71,11 +71,13 @@ class Region:
         sees: bool of query and stored positions, shaped as for `Part.visible`; None for all.
         query_place: places in the cache of query positions [T] or [B, T], for RoPE by place.
         key_place: places of stored tokens, from their positions and slots' `index`.
+        slots: only the first so many slots of the layer can hold such tokens; None if any can.
     """
 
     sees: Callable[[jax.Array, jax.Array], jax.Array] | None
     query_place: Callable[[jax.Array], jax.Array]
     key_place: Callable[[jax.Array, jax.Array], jax.Array]
+    slots: int | None = None
 
 
 def wide(counter: jax.Array) -> jax.Array:

@@ -131,16 +131,12 @@ class Ring(Layer):
         self, key: jax.Array, value: jax.Array, index: jax.Array, counts: jax.Array | None
     ) -> Self:
         """See `Layer.write`. Places past the end move the window on; what falls out is dropped."""
-        tokens = key.shape[2]
-        if self.ragged and index.ndim == 1:
-            index = jnp.broadcast_to(index, (self.batch_size, tokens))
-        real = jnp.ones(index.shape, bool)
-        ok = jnp.ones_like(self.overflowed)
-        if counts is not None:
-            real = slots.span(jnp.zeros_like(counts), tokens) < counts[:, None]
-            ok = (counts >= 0) & (counts <= tokens)
-        row = -1 if self.ragged else None
-        ok = ok & jnp.all(~real | (index >= 0), axis=row)
+        index, real, ok = self.named(index, counts)
+        row = -1 if self.ragged else None  # what shares one length: a row, or the whole batch
+        most = jnp.iinfo(jnp.int32).max - self.position
+        inside = (index >= 0) & (index < (most[..., None] if self.ragged else most))
+        ok = ok & jnp.all(~real | inside, axis=row)
+        index = jnp.where(inside, index, 0)
         end = jnp.max(jnp.where(real, index + 1, 0), axis=row)
         added = jnp.where(ok, jnp.maximum(end - self.length, 0), 0)
         stop = self.position + added
@@ -166,7 +162,7 @@ class Ring(Layer):
         return self.replace(
             key=jax.tree.map(put, self.key, key_form.encode(key)),
             value=jax.tree.map(put, self.value, value_form.encode(value)),
-        ).advanced(added, ok, "write to a negative position; nothing was written")
+        ).advanced(added, ok, "write outside of what int32 can count; nothing was written")
 
     def keep_latest(self, max_length: jax.Array) -> Self:
         """See `Layer.keep_latest`. Nothing moves."""
@@ -235,7 +231,12 @@ class Ring(Layer):
                 return jnp.where(q < sinks, q - start, left + inside - 1)
 
             regions.append(
-                Region(lambda q, k: k < sinks, place, lambda position, index: position - start)
+                Region(
+                    lambda q, k: k < sinks,
+                    place,
+                    lambda position, index: position - start,
+                    slots=self.pinned,
+                )
             )
         return regions
 

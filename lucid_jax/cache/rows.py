@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 from lucid_jax.cache.checks import as_array, check_alive, check_count, check_indices, is_traced
 from lucid_jax.cache.contiguous import Contiguous
 from lucid_jax.cache.layer import Layer
-from lucid_jax.cache.state import CacheState, grow, select
+from lucid_jax.cache.state import CacheState, select, with_room
 
 
 def insert(
@@ -67,14 +67,8 @@ def insert(
     if is_traced(state, other, places):
         return _insert(state, places, other)
     longest = [int(np.max(np.asarray(layer.length))) for layer in other.layers]
-    state = _with_room_for(state, longest)
+    state = with_room(state, longest)
     return (_insert_donated if donate else _insert_kept)(state, places, other)
-
-
-def _with_room_for(state: CacheState, longest: list[int]) -> CacheState:
-    if all(n <= layer.capacity for n, layer in zip(longest, state.layers, strict=True)):
-        return state
-    return grow(state, max(longest))
 
 
 def _insert(state: CacheState, rows: Any, other: CacheState) -> CacheState:
@@ -141,7 +135,8 @@ def concat(states: Sequence[CacheState]) -> CacheState:
         _need_ragged(other, "concat")
         _check_alike(first, other)
         for a, b in zip(first.layers, other.layers, strict=True):
-            if a.num_slots != b.num_slots or a.has_places != b.has_places:
+            alike = a.spec == b.spec and a.has_places == b.has_places
+            if not alike or a.num_slots != b.num_slots:
                 raise ValueError(
                     f"concat needs equal layers, got {a} and {b}; grow() the smaller one, or "
                     "insert() its rows"
@@ -165,6 +160,7 @@ def free(state: CacheState, rows: ArrayLike, *, donate: bool = False) -> CacheSt
     Raises:
         ValueError: if the cache is not ragged, or a mask is not [B].
         IndexError: for a concrete row out of range.
+        TypeError: if rows are neither integers nor booleans.
 
     Example:
         >>> import jax.numpy as jnp, lucid_jax as lj
@@ -184,11 +180,12 @@ def free(state: CacheState, rows: ArrayLike, *, donate: bool = False) -> CacheSt
                 f"a mask of rows must be ({state.batch_size},), got {array.shape}; "
                 "or pass row numbers"
             )
-        gone = array
+        gone: Any = array
     else:
-        numbers = jnp.asarray(check_indices(rows, state.batch_size))
-        each = jnp.arange(state.batch_size, dtype=jnp.int32)
-        gone = jnp.any(each[:, None] == numbers[None], axis=1)
+        numbers = check_indices(rows, state.batch_size)
+        host: Any = np if isinstance(numbers, np.ndarray) else jnp
+        each = np.arange(state.batch_size, dtype=np.int32)
+        gone = host.any(each[:, None] == numbers[None], axis=1)
     if is_traced(state, gone):
         return _free(state, gone)
     return (_free_donated if donate else _free_kept)(state, gone)
@@ -292,10 +289,12 @@ def _compact(layer: Contiguous, chosen: jax.Array) -> Layer:
     everything = jnp.ones((1, 1, layer.capacity), bool)
     chosen = jnp.where(ok.reshape(-1, 1, 1), chosen, everything)
     kept, counts = _kept(layer, chosen)
-    # A stable sort brings the kept indices to the front, in order.
-    order = jnp.argsort(~kept, axis=-1, stable=True).astype(jnp.int32)
+    # The i-th kept index of a head, by writing each kept index at its rank.
+    rank = jnp.where(kept, jnp.cumsum(kept, axis=-1, dtype=jnp.int32) - 1, layer.capacity)
+    index = jnp.arange(layer.capacity, dtype=jnp.int32)
+    place = jax.vmap(jax.vmap(lambda r: jnp.zeros_like(index).at[r].set(index, mode="drop")))
     count = counts[:, 0] if layer.ragged else counts[0, 0]
-    smaller = layer.compact(order, count)
+    smaller = layer.compact(place(rank), count, ok)
     return smaller.replace(
         overflowed=smaller.flag(ok, "compact of unequal numbers of tokens; nothing was dropped")
     )
@@ -325,7 +324,7 @@ def _check_alike(state: CacheState, other: CacheState) -> None:
             f"states must have the same layers, got {state.num_layers} and {other.num_layers}, "
             f"reading {state.reads} and {other.reads}"
         )
-    for index, (a, b) in enumerate(zip(state.layers, other.layers, strict=True)):
+    for index, a, b in zip(state.owners, state.layers, other.layers, strict=True):
         if a.has_places and not b.has_places:
             raise ValueError(
                 f"layer {index} of the other state has evicted tokens and remembers their positions; "

@@ -122,6 +122,25 @@ def shift_left(leaf: jax.Array, shift: jax.Array, kept: jax.Array) -> jax.Array:
     return lax.fori_loop(0, turns, body, leaf)
 
 
+def pull(leaf: jax.Array, source: jax.Array, kept: jax.Array) -> jax.Array:
+    """Moves slot `source[b, h, j]` to slot j for all `j < kept` (int32 []), heads independently.
+
+    Sources, int32 (B, H, C), ascend, so that ascending blocks are safe in place, as in `shift_left`.
+    """
+    capacity = leaf.shape[2]
+    size = min(source.shape[2], _MOVE_BLOCK)
+
+    def body(turn: jax.Array, leaf: jax.Array) -> jax.Array:
+        low = turn * size
+        begin = jnp.minimum(low, source.shape[2] - size)
+        index = lax.dynamic_slice_in_dim(source, begin, size, axis=2)
+        index = jnp.clip(index, 0, capacity - 1).reshape(*index.shape, *(1,) * (leaf.ndim - 3))
+        moved = jnp.take_along_axis(leaf, index, axis=2)
+        return write_window(leaf, moved, begin, span(begin, size) >= low)
+
+    return lax.fori_loop(0, -(-kept // size), body, leaf)
+
+
 def select_rows(leaf: jax.Array, rows: jax.Array, stop: jax.Array) -> jax.Array:
     """Gathers batch rows, int32 [B'], of the slots below `stop` (int32 []); the rest is not moved.
 

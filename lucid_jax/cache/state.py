@@ -96,6 +96,11 @@ class CacheState:
         check_alive(layer)
         return layer
 
+    def owns(self, layer_idx: Any) -> bool:
+        """Whether the model's layer stores tokens, rather than read another's."""
+        index = as_layer_index(layer_idx, self.num_layers)
+        return self.owners[self.reads[index]] == index
+
     def own_layer(self, layer_idx: Any) -> Layer:
         """`layer`, for one that is about to be written.
 
@@ -104,7 +109,7 @@ class CacheState:
         """
         layer, index = self.layer(layer_idx), int(layer_idx)
         owner = self.owners[self.reads[index]]
-        if owner != index:
+        if not self.owns(index):
             raise ValueError(
                 f"layer {index} shares the tokens of layer {owner} and stores none itself; "
                 f"update layer {owner} only"
@@ -196,6 +201,12 @@ def init_cache(
                     f"layer {index} is Shared({target}), but layer {target} is not an earlier layer "
                     f"that stores tokens; those are {owners}"
                 )
+            for name, values in sizes.items():
+                if values[index] != values[target]:
+                    raise ValueError(
+                        f"layer {index} is Shared({target}), so its {name} must be that of layer "
+                        f"{target}, {values[target]}, got {values[index]}"
+                    )
             reads.append(owners.index(target))
             continue
         reads.append(len(layers))
@@ -374,11 +385,30 @@ def positions(
     places = as_places(cache_position, layer.batch_size, count)
     if places is None:
         return span(layer.position, count)
+    check_places_possible(layer, places)
     return absolute_positions(layer, places)
 
 
+def stored_positions(state: CacheState, layer_idx: int = 0) -> jax.Array:
+    """Absolute positions of the tokens that `get` gives, -1 where it gives none.
+
+    Returns:
+        int32 [C], [B, C] if ragged; (B, H, C) once heads may have evicted different tokens.
+
+    Example:
+        >>> import jax.numpy as jnp, lucid_jax as lj
+        >>> state = lj.init_cache(
+        ...     lj.Sliding(2, sinks=1), num_layers=1, batch_size=1, num_kv_heads=2, head_dim=8
+        ... )
+        >>> tokens = jnp.ones((1, 2, 9, 8))
+        >>> lj.stored_positions(lj.update(state, tokens, tokens, 0)).tolist()
+        [0, 7, 8]
+    """
+    return state.layer(layer_idx).stored_positions()
+
+
 def capacity(state: CacheState, layer_idx: int = 0) -> int:
-    """C, the token slots each row of a layer has."""
+    """C, the most tokens that each row of a layer holds: the seq axis of `get`."""
     return state.layer(layer_idx).capacity
 
 
@@ -404,7 +434,7 @@ def check_overflow(state: CacheState) -> None:
         OverflowError: naming the rows and layers where a traced operation was refused.
     """
     check_alive(state)
-    for index, layer in enumerate(state.layers):
+    for index, layer in zip(state.owners, state.layers, strict=True):
         flags = np.atleast_1d(np.asarray(layer.overflowed))
         if flags.any():
             rows = f", rows {np.flatnonzero(flags).tolist()}" if layer.ragged else ""
@@ -529,8 +559,9 @@ def rollback(state: CacheState, n: ArrayLike, *, donate: bool = False) -> CacheS
         donate: eager calls only: the old state must not be used again.
 
     Raises:
-        ValueError: if `n` is negative or more than is stored. (Traced: nothing is dropped and
-            `overflowed` is set, per row.)
+        ValueError: if `n` is negative, more than is stored, or more than a layer can bring back
+            exactly: a window that has wrapped its `slack`, KIVI its `residual`, and an evicted layer
+            what came since. (Traced: nothing is dropped and `overflowed` is set, per row.)
         TypeError: if not integers.
 
     Example:
@@ -568,19 +599,16 @@ def _can_rollback(state: CacheState, n: jax.Array) -> jax.Array:
 def _no_way_back(state: CacheState, drop: np.ndarray, possible: np.ndarray) -> str:
     owner = int(np.flatnonzero(~possible.reshape(len(possible), -1).all(axis=1))[0])
     layer = state.layers[owner]
-    stored = np.asarray(layer.length).tolist()
-    message = (
-        f"rollback({drop.tolist()}) needs 0 <= n <= tokens stored, which are {stored} in layer "
-        f"{state.owners[owner]}"
-    )
-    if layer.lookback is not None:
-        message += (
-            f"; and {layer.spec} promises to bring back {layer.lookback} tokens, counted from the "
-            "longest it has been. Give Sliding more slack=, or KIVI more residual="
-        )
+    stored = np.asarray(layer.length)
+    asked = f"rollback({drop.tolist()}) of layer {state.owners[owner]}"
+    if np.any(drop < 0) or np.any(drop > stored):
+        return f"{asked} needs 0 <= n <= tokens stored, which are {stored.tolist()}"
     if not layer.has_places:
-        message += "; and no tokens that were there at the latest compact"
-    return message
+        return f"{asked} would reach tokens that were there at the latest compact; drop fewer"
+    return (
+        f"{asked} is more than {layer.spec} can bring back: it promises {layer.lookback} tokens, "
+        "counted from the longest it has been. Give Sliding more slack=, or KIVI more residual="
+    )
 
 
 def reset(state: CacheState, *, donate: bool = False) -> CacheState:
@@ -602,9 +630,14 @@ def grow(state: CacheState, capacity: int) -> CacheState:
         ValueError: if a layer is too small and its layout cannot grow.
     """
     need = check_count(capacity, "capacity", 1)
+    return with_room(state, [need] * len(state.layers))
+
+
+def with_room(state: CacheState, needs: Sequence[int]) -> CacheState:
+    """`grow` with a number of its own for each of `state.layers`."""
     check_alive(state)
     layers = []
-    for index, layer in enumerate(state.layers):
+    for index, layer, need in zip(state.owners, state.layers, needs, strict=True):
         enough = need <= layer.capacity or not layer.bounded
         roomy = layer if enough else layer.with_room(need)
         if roomy is None:
@@ -632,8 +665,8 @@ def ensure_capacity(state: CacheState, n: int) -> CacheState:
             "call it outside jit, before the compiled steps"
         )
     check_alive(state)
-    longest = max(int(np.max(np.asarray(layer.length))) for layer in state.layers)
-    return grow(state, max(1, longest + check_count(n, "n")))
+    more = check_count(n, "n")
+    return with_room(state, [int(np.max(np.asarray(x.length))) + more for x in state.layers])
 
 
 def room(state: CacheState) -> int | None:

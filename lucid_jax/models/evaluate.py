@@ -17,7 +17,7 @@ from flax import nnx
 
 from lucid_jax.cache.checks import check_count
 from lucid_jax.cache.layer import LayerSpec
-from lucid_jax.cache.state import CacheState, check_overflow
+from lucid_jax.cache.state import CacheState, check_overflow, with_room
 from lucid_jax.models.corpus import Document
 from lucid_jax.models.transformer import Transformer
 
@@ -65,7 +65,9 @@ def bits_per_byte(
         Bits of all predictions, divided by `size`.
     """
     check_count(context, "context", 1)
-    chunk = context if chunk is None or cache is None else min(chunk, context)
+    chunk = (
+        context if chunk is None or cache is None else min(check_count(chunk, "chunk", 1), context)
+    )
     graph, params = nnx.split(model)
     targets = len(stream) - 1
     windows = -(-targets // context)
@@ -76,7 +78,7 @@ def bits_per_byte(
     nats = 0.0
     for first in range(0, windows_padded, rows):
         starts = np.arange(first, first + rows)[:, None] * context
-        state = None if cache is None else model.init_cache(cache, rows)
+        state = None if cache is None else _roomy(model.init_cache(cache, rows), context)
         for begin in range(0, context, chunk):
             indices = starts + np.arange(begin, min(begin + chunk, context) + 1)
             mask = indices[:, 1:] <= targets
@@ -89,6 +91,11 @@ def bits_per_byte(
         if state is not None:
             check_overflow(state)
     return nats / math.log(2) / size
+
+
+def _roomy(state: CacheState, length: int) -> CacheState:
+    """Room for a window of text in the layers that can grow; the others are as they were asked for."""
+    return with_room(state, [length if x.spec.growable else 0 for x in state.layers])
 
 
 def _nats(logits: jax.Array, tokens: Any, mask: Any) -> jax.Array:

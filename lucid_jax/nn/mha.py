@@ -178,6 +178,8 @@ class MultiHeadAttention(nnx.Module):
             raise ValueError("lengths= needs a ragged CacheState; drop it, or pass one as cache=")
         if cache_position is not None and cache is None:
             raise ValueError("cache_position= needs a cache; drop it, or pass positions= for RoPE")
+        if is_cross_attention and isinstance(cache, core.CacheState):
+            _check_holds_everything(cache, layer_idx)
         tokens = hidden.shape[1]
         query = self._split_heads(self.q_proj(hidden))
         new: tuple[jax.Array, jax.Array] | None = None
@@ -193,8 +195,9 @@ class MultiHeadAttention(nnx.Module):
                     "drop one of them"
                 )
             if self.rope_theta is not None and positions is None and not by_place:
-                positions = _next_positions(cache, tokens, layer_idx, cache_position)
-            new = self._keys_values(hidden, positions)
+                positions = _next_positions(cache, tokens, layer_idx, cache_position, lengths)
+            if not _reads_another(cache, layer_idx):
+                new = self._keys_values(hidden, positions)
             query = self._rotate(query, positions)
         elif encoder_hidden is not None and not _has_encoder_keys(cache, layer_idx):
             new = self._keys_values(encoder_hidden, None)
@@ -264,15 +267,34 @@ def _has_encoder_keys(cache: Cache | core.CacheState | None, layer_idx: int) -> 
     return isinstance(cache, EncoderDecoderCache) and cache.is_updated.get(layer_idx, False)
 
 
+def _check_holds_everything(cache: core.CacheState, layer_idx: int) -> None:
+    layer = cache.layer(layer_idx)
+    if not layer.bounded:
+        raise ValueError(
+            "cross-attention needs every token of the encoder, but this layer is "
+            f"{layer.spec}; give it Static or Dynamic"
+        )
+
+
+def _reads_another(cache: Cache | core.CacheState | None, layer_idx: int) -> bool:
+    """Whether this layer shares the tokens of an earlier one, which has stored them already."""
+    return isinstance(cache, core.CacheState) and not cache.owns(layer_idx)
+
+
 def _next_positions(
     cache: Cache | core.CacheState | None,
     tokens: int,
     layer_idx: int,
     cache_position: ArrayLike | None,
+    lengths: ArrayLike | None,
 ) -> jax.Array:
     """Absolute positions of the tokens about to be stored, int32 [T] or [B, T]."""
     if cache is None:
         return jnp.arange(tokens, dtype=jnp.int32)
     if not isinstance(cache, core.CacheState):
         return _part(cache, False).positions(tokens, layer_idx, cache_position)
-    return core.positions(cache, tokens, layer_idx, cache_position)
+    positions = core.positions(cache, tokens, layer_idx, cache_position)
+    if cache_position is not None or not _reads_another(cache, layer_idx):
+        return positions
+    # The layer it reads has stored these tokens already.
+    return positions - (tokens if lengths is None else jnp.asarray(lengths)[:, None])
