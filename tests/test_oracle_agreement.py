@@ -1,11 +1,13 @@
 """Random operation sequences agree with the slow NumPy model, op by op.
 
-{static, dynamic} x {aligned, ragged} x {eager, donated, jitted}; shapes come from few sizes, so
-that compiled programs are reused.
+{static, dynamic, sliding} x {aligned, ragged} x {eager, donated, jitted}, and the codecs; shapes come
+from few sizes, so that compiled programs are reused.
 """
 
-import copy
+import dataclasses
+import functools
 
+import hypothesis
 import jax
 import numpy as np
 import pytest
@@ -14,16 +16,43 @@ from hypothesis import strategies as st
 
 import lucid_jax as lj
 from tests.helpers import make, queries, snapshot, tokens
-from tests.oracle import Oracle, Refused
+from tests.oracle import Codec, Oracle, Refused, Window
 
 H, D, DV = 2, 2, 3
-STEPS = {"static": 36, "dynamic": 18}
-CHUNKS = {"static": (1, 3), "dynamic": (1, 20)}
-REACH = {"static": 9, "dynamic": 70}  # positions drawn up to this
-SPECS = {"static": lj.Static(8), "dynamic": lj.Dynamic()}
+EXAMPLES = hypothesis.settings().max_examples
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How a layout is driven: steps in a row, tokens in a chunk, places drawn up to `reach`."""
+
+    spec: object
+    steps: int
+    chunks: tuple
+    reach: int
+    sliding: Window | None = None
+    batches: tuple = (3,)  # sizes to move between: each has its own programs
+    layers: int = 1
+
+
+LAYOUTS = {
+    "static": Layout(lambda codec: lj.Static(8, codec), 18, (1, 3), 9, layers=2),
+    "dynamic": Layout(lambda codec: lj.Dynamic(codec), 10, (1, 20), 70),
+    "sliding": Layout(lambda codec: lj.Sliding(5, 2, 1, codec), 18, (1, 2, 8), 12, Window(5, 2, 1)),
+    "ring": Layout(lambda codec: lj.Sliding(4, 0, 2, codec), 18, (1, 3, 8), 12, Window(4, 0, 2)),
+}  # fmt: skip
+
+CODECS = {
+    "identity": lj.codecs.Identity(),
+    "int8": lj.codecs.Int8(),
+    "fp8": lj.codecs.Float8(),
+    "int4": lj.codecs.Int4(rotate=True),
+    "kivi": lj.codecs.KIVI(group=2, residual=2),
+}
 
 _JITTED = {
     "update": jax.jit(lj.update, static_argnames="layer_idx"),
+    "extend": jax.jit(lj.extend, static_argnames="layer_idx"),
     "crop": jax.jit(lj.crop),
     "rollback": jax.jit(lj.rollback),
     "select": jax.jit(lj.select),
@@ -32,25 +61,36 @@ _JITTED = {
 }
 
 
-def _batches(layout, mode):
-    """Batch sizes to move between: one program each, so more than one only where it is cheap."""
-    return (1, 3) if (layout, mode) == ("static", "eager") else (3,)
+@functools.cache
+def _model_of(codec):
+    """What the model is told of a codec: what stored tokens read back as."""
+    if codec == "identity":
+        return Codec()
+    forms = CODECS[codec].forms("float32", D, DV)
+
+    @jax.jit
+    def read_back(key, value):
+        pairs = zip(forms, (key[None], value[None]), strict=True)
+        return [form.decode(form.encode(tokens))[0] for form, tokens in pairs]
+
+    return Codec(read_back, CODECS[codec].unit, CODECS[codec].residual)
 
 
 class Pair:
     """A state and its model, driven side by side."""
 
-    def __init__(self, layout, ragged, mode, batch):
-        self.layout, self.ragged, self.mode = layout, ragged, mode
-        self.batches = _batches(layout, mode)
-        self.layers = 2 if layout == "static" and mode != "jitted" else 1
+    def __init__(self, layout, codec, ragged, mode, batch=None):
+        self.layout, self.codec, self.ragged, self.mode = LAYOUTS[layout], codec, ragged, mode
+        self.batches = self.layout.batches if batch is None else (1, 3)
+        self.layers = self.layout.layers if mode != "jitted" else 1
         self.state = make(
-            SPECS[layout], batch=batch, layers=self.layers, ragged=ragged,
-            heads=H, dim=D, value_dim=DV,
+            self.layout.spec(CODECS[codec]), batch=batch or self.batches[0], layers=self.layers,
+            ragged=ragged, heads=H, dim=D, value_dim=DV,
         )  # fmt: skip
         self.models = [
-            Oracle(batch=batch, heads=H, dim=D, value_dim=DV, capacity=lj.capacity(self.state),
-                   growable=layout == "dynamic", ragged=ragged)
+            Oracle(batch=self.state.batch_size, heads=H, dim=D, value_dim=DV,
+                   capacity=lj.capacity(self.state), growable=layout == "dynamic", ragged=ragged,
+                   sliding=self.layout.sliding, codec=_model_of(codec))
             for _ in range(self.layers)
         ]  # fmt: skip
 
@@ -61,7 +101,7 @@ class Pair:
     def call(self, verb, *args, layer=None):
         """Runs one verb on both; a refusal must raise (eager) or be flagged (traced)."""
         traced = self.mode == "jitted"
-        before = copy.deepcopy(self.models)
+        before = [model.copy() for model in self.models]
         old, seen = self.state, None if self.mode == "donated" else snapshot(self.state)
         refused = None
         flag = {} if verb in ("reset", "repeat_interleave") else {"traced": traced}
@@ -110,7 +150,10 @@ class Pair:
             np.testing.assert_array_equal(lj.positions(self.state, 2, i), model.positions(2))
             np.testing.assert_array_equal(self.state.layers[i].overflowed, model.overflowed())
             for ours, theirs in zip(lj.get(self.state, i), model.get(), strict=True):
-                np.testing.assert_array_equal(ours, theirs)
+                if self.codec == "identity":
+                    np.testing.assert_array_equal(ours, theirs)
+                else:
+                    np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6)
             flags.append(model.overflowed())
         np.testing.assert_array_equal(lj.overflowed(self.state), np.any(flags, axis=0))
 
@@ -121,18 +164,35 @@ class Pair:
         theirs = self.models[layer].attend(query, **options)
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 
+    def extend(self, key, value, places, lengths, layer, seed):
+        """One possible `extend` on both; nothing is said of queries whose tokens are gone."""
+        query = queries(seed, self.batch, key.shape[2], 2 * H, D)
+        options = {"cache_position": places, "lengths": lengths}
+        model = self.models[layer]
+        model.update(key, value, **options)
+        run, more = lj.extend, {"donate": self.mode == "donated"}
+        if self.mode == "jitted":
+            run, more = _JITTED["extend"], {}
+        ours, self.state = run(self.state, query, key, value, layer_idx=layer, **options, **more)
+        self.compare()
+        if model.has_what_is_seen(model.asked(key.shape[2], **options)) or places is None:
+            theirs = model.attend(query, **options)
+            np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
 
 def _update(pair, draw, seed):
-    count = draw(st.sampled_from(CHUNKS[pair.layout]))
+    layout = pair.layout
+    count = draw(st.sampled_from(layout.chunks))
     layer = draw(st.integers(0, pair.layers - 1))
     key, value = tokens(seed, pair.batch, count, H, D, DV)
-    form = draw(st.sampled_from(["append"] * 4 + ["0-D", "1-D", "2-D"]))
-    place = st.integers(0, REACH[pair.layout])
+    form = "append"
+    if CODECS[pair.codec].unit == 1:
+        forms = {layout.chunks[0]: ["0-D"], layout.chunks[1]: ["1-D", "2-D"]}  # few programs
+        form = draw(st.sampled_from(["append"] * 3 + forms.get(count, [])))
+    place = st.integers(0, layout.reach)
     if draw(st.integers(0, 9)) == 0:  # sometimes nonsense, which must be refused
-        place = st.integers(-2, REACH[pair.layout])
+        place = st.integers(-2, layout.reach)
     shape = {"append": None, "0-D": (), "1-D": (count,), "2-D": (pair.batch, count)}[form]
-    if form == "0-D" and count > 1:
-        shape = (count,)
     places = None
     if shape is not None:
         size = int(np.prod(shape))
@@ -145,16 +205,26 @@ def _update(pair, draw, seed):
         lengths = np.array(drawn, np.int32)
         if places is not None:
             places = np.maximum(places, 0)
-    pair.call("update", key, value, places, lengths, layer=layer)
-    if pair.layout == "dynamic" and (places is not None or count > 1):
-        return  # attention reads a dynamic layer as it reads a static one; save the programs
     legal = (lengths is None or (lengths <= count).all()) and (places is None or places.min() >= 0)
-    if legal and draw(st.integers(0, 2)) == 0:
+    attends = legal and draw(st.integers(0, 2)) == 0
+    if layout.sliding:
+        # A long chunk can only be read before it is written; places are those before the window
+        # moves on.
+        short = count <= layout.sliding.slack + 1
+        if attends and (not short or places is not None):
+            return pair.extend(key, value, places, lengths, layer, seed)
+        attends = attends and short and places is None
+    pair.call("update", key, value, places, lengths, layer=layer)
+    if layout is LAYOUTS["dynamic"] and (places is not None or count > 1):
+        return  # attention reads a dynamic layer as it reads a static one; save the programs
+    if attends:
         pair.attend(count, layer, places, lengths, seed)
 
 
 def _rollback(pair, draw, seed):
     most = min(min(model.lengths()) for model in pair.models)
+    if pair.layout.sliding and draw(st.booleans()):
+        most = min(most, pair.layout.sliding.slack)
     n = st.integers(0, most) if draw(st.integers(0, 4)) else st.integers(-1, most + 2)
     if pair.ragged and draw(st.booleans()):
         drawn = draw(st.lists(n, min_size=pair.batch, max_size=pair.batch))
@@ -183,7 +253,7 @@ def _reset(pair, draw, seed):
 
 
 def _ensure_capacity(pair, draw, seed):
-    if pair.layout == "dynamic":
+    if pair.layout is LAYOUTS["dynamic"]:
         n = draw(st.sampled_from([1, 60]))
         pair.state = lj.ensure_capacity(pair.state, n)
         for model in pair.models:
@@ -194,13 +264,39 @@ def _ensure_capacity(pair, draw, seed):
 VERBS = [_update] * 8 + [_rollback] * 2 + [_crop] * 2 + [_select, _repeat, _reset, _ensure_capacity]
 
 
+def _drive(pair, data):
+    most = pair.layout.steps
+    for seed in range(data.draw(st.integers(most // 2, most))):
+        verb = data.draw(st.sampled_from(VERBS))
+        verb(pair, data.draw, seed)
+
+
 @pytest.mark.parametrize("mode", ["eager", "donated", "jitted"])
 @pytest.mark.parametrize("ragged", [False, True], ids=["aligned", "ragged"])
-@pytest.mark.parametrize("layout", ["static", "dynamic"])
+@pytest.mark.parametrize("layout", ["static", "dynamic", "sliding"])
+@hypothesis.settings(max_examples=EXAMPLES // 2)
 @given(data=st.data())
 def test_any_sequence_of_operations_agrees_with_the_model(layout, ragged, mode, data):
     """After every operation, possible or not, everything observable equals the model's."""
-    pair = Pair(layout, ragged, mode, data.draw(st.sampled_from(_batches(layout, mode))))
-    for seed in range(data.draw(st.integers(STEPS[layout] // 2, STEPS[layout]))):
-        verb = data.draw(st.sampled_from(VERBS))
-        verb(pair, data.draw, seed)
+    several = (layout, ragged, mode) == ("static", True, "eager")
+    batch = data.draw(st.sampled_from([1, 3])) if several else None
+    _drive(Pair(layout, "identity", ragged, mode, batch), data)
+
+
+@pytest.mark.parametrize("layout, codec, ragged, mode", [
+    ("static", "int8", False, "eager"),
+    ("static", "kivi", True, "donated"),
+    ("dynamic", "kivi", False, "eager"),
+    ("ring", "identity", False, "eager"),
+    ("ring", "int4", False, "donated"),
+    ("ring", "kivi", True, "eager"),
+    ("sliding", "fp8", False, "donated"),
+    ("sliding", "kivi", False, "jitted"),
+])  # fmt: skip
+@hypothesis.settings(max_examples=EXAMPLES // 4)
+@given(data=st.data())
+def test_any_sequence_of_operations_on_a_codec_agrees_with_the_model(
+    layout, codec, ragged, mode, data
+):
+    """The same of tokens that read back as the codec's forms say, quantized when it is their turn."""
+    _drive(Pair(layout, codec, ragged, mode), data)

@@ -174,7 +174,8 @@ def extend(
 
     A layer that keeps only the latest tokens no longer has, once a long chunk is in, what the chunk's
     first queries should see. This reads before it overwrites, so chunks of any length give what the
-    same tokens give one by one. Cost is O(T * (length + T)).
+    same tokens give one by one. Cost is O(T * (length + T)). For such a chunk XLA on CPU copies a
+    ring once, also if donated (a decode step never does).
 
     Args:
         state: the cache, without the T tokens.
@@ -291,9 +292,9 @@ def merge(outs: Sequence[jax.Array], lses: Sequence[jax.Array]) -> tuple[jax.Arr
     stacked = jnp.stack([jnp.asarray(lse) for lse in lses])
     top = jnp.max(stacked, axis=0)
     shift = jnp.where(jnp.isneginf(top), 0, top)
-    weights = jnp.exp(stacked - shift)
+    weights = jnp.exp(stacked - shift[None])
     total = jnp.sum(weights, axis=0)
-    share = weights / jnp.where(total > 0, total, 1)
+    share = weights / jnp.where(total > 0, total, 1)[None]
     # A part without a share may hold anything.
     mixed = [
         jnp.where(s[..., None] > 0, out.astype(s.dtype) * s[..., None], 0)
@@ -348,9 +349,8 @@ def _extend(
     if first:
         chunk = layer.take_in(key, value, counts)
         position = span(layer.position, query.shape[2])
-        parts = layer.parts_with(chunk)
-        result = _over(parts, layer, query, position, counts, mask, bias, options)
-        return result, layer.put(chunk)
+        layer, parts = layer.put_and_parts(chunk)
+        return _over(parts, layer, query, position, counts, mask, bias, options), layer
     if places is None:
         layer = layer.append(key, value, counts)
         return _attend(layer, query, None, counts, mask, bias, options), layer

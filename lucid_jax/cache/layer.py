@@ -332,72 +332,63 @@ class Layer(abc.ABC):
 
     def parts(self) -> list[Part]:
         """What is stored, for attention to walk through."""
-        packing, flushed = self.packing, self.packing.flushed
-        packed = None
-        raw: list[Part] = []
-        if self.recent is not None:
-            packed = lambda query, stored: stored < flushed(query + 1)  # noqa: E731
-            raw = [
-                Part(
-                    *(self.recent.key, self.recent.value),
-                    *packing.raw_forms,
-                    size=self.recent.size,
-                    start=jnp.int32(0),
-                    stop=jnp.minimum(jnp.max(self.reach), self.recent.size),
-                    positions=self._recent_positions,
-                    index=lambda begin, size: self.index_of(self._recent_positions(begin, size)),
-                    visible=lambda query, stored: stored >= flushed(query + 1),
-                )
-            ]
-        return [self._slots_part(packed), *raw]
-
-    def parts_with(self, chunk: Chunk) -> list[Part]:
-        """What is stored, and a chunk not yet stored, for attention to walk through."""
-        packing, flushed = self.packing, self.packing.flushed
-        end = self.position + chunk.count
-
-        def run(
-            tokens: tuple[Stored, Stored],
-            forms: tuple[Form, Form],
-            first: jax.Array,
-            stop: jax.Array,
-            visible: Any,
-        ) -> Part:
-            """Tokens of consecutive positions from `first`; live are those before `stop`."""
-
-            def positions(begin: jax.Array, size: int) -> jax.Array:
-                position = slots.span(first + begin, size)
-                live = (position < stop[..., None]) & (position >= self.start[..., None])
-                return jnp.where(live, position, -1)
-
-            return Part(
-                *tokens,
-                *forms,
-                size=jax.tree.leaves(tokens[1])[0].shape[2],
-                start=jnp.int32(0),
-                stop=jnp.max(stop - first),
-                positions=positions,
-                index=lambda begin, size: self.index_of(slots.span(first + begin, size)),
-                visible=visible,
-            )
-
-        packed = raw = None
-        if self.recent is not None:
-            packed = lambda query, stored: stored < flushed(query + 1)  # noqa: E731
-            raw = lambda query, stored: stored >= flushed(query + 1)  # noqa: E731
-        fresh = run(
-            (chunk.key, chunk.value),
-            packing.forms,
-            chunk.first,
-            chunk.first + chunk.stored,
-            packed,
+        slots_part = self._slots_part()
+        if self.recent is None:
+            return [slots_part]
+        recent = Part(
+            *(self.recent.key, self.recent.value),
+            *self.packing.raw_forms,
+            size=self.recent.size,
+            start=jnp.int32(0),
+            stop=jnp.minimum(jnp.max(self.reach), self.recent.size),
+            positions=self._recent_positions,
+            index=lambda begin, size: self.index_of(self._recent_positions(begin, size)),
+            visible=self._seen_raw,
         )
-        parts = [self._slots_part(None), fresh]
-        if chunk.raw is not None:
-            parts.append(run(chunk.raw, packing.raw_forms, chunk.first, end, raw))
-        return parts
+        return [slots_part, recent]
 
-    def _slots_part(self, visible: Any) -> Part:
+    def put_and_parts(self, chunk: Chunk) -> tuple[Self, list[Part]]:
+        """`put`, and all that the chunk's queries may see, what is overwritten included.
+
+        What is overwritten is read out first. Masks count slots of the old layer's `get`, and then
+        the chunk's tokens.
+        """
+        lost = self.overwritten_by(chunk)
+        layer = self.put(chunk)
+        part = layer._slots_part()
+        index = lambda begin, size: self.index_of(part.positions(begin, size))  # noqa: E731
+        parts = [dataclasses.replace(part, index=index, in_order=False), *lost]
+        if chunk.raw is not None:
+            end = self.position + chunk.count
+            raw = self.run(chunk.raw, self.packing.raw_forms, chunk.first, end)
+            parts.append(dataclasses.replace(raw, visible=self._seen_raw))
+        return layer, parts
+
+    def overwritten_by(self, chunk: Chunk) -> list[Part]:
+        """What `put` will leave no trace of, though queries of the chunk may see it."""
+        return []
+
+    def run(
+        self, tokens: tuple[Stored, Stored], forms: tuple[Form, Form], first: jax.Array, stop: Any
+    ) -> Part:
+        """Tokens of consecutive positions from `first` on as a part; live are those before `stop`."""
+
+        def positions(begin: jax.Array, size: int) -> jax.Array:
+            position = slots.span(first + begin, size)
+            live = (position < stop[..., None]) & (position >= self.start[..., None])
+            return jnp.where(live, position, -1)
+
+        return Part(
+            *tokens,
+            *forms,
+            size=jax.tree.leaves(tokens[1])[0].shape[2],
+            start=jnp.int32(0),
+            stop=jnp.max(stop - first),
+            positions=positions,
+            index=lambda begin, size: self.index_of(slots.span(first + begin, size)),
+        )
+
+    def _slots_part(self) -> Part:
         def positions(begin: jax.Array, size: int) -> jax.Array:
             position = self.slot_positions(begin, size)
             if self.recent is None:
@@ -414,9 +405,16 @@ class Layer(abc.ABC):
             stop=self.slots_in_use(),
             positions=positions,
             index=self.slot_index,
-            visible=visible,
+            visible=None if self.recent is None else self._seen_packed,
             in_order=self.in_order,
         )
+
+    def _seen_packed(self, query: jax.Array, stored: jax.Array) -> jax.Array:
+        """Whether a token was in a slot, quantized, when the query was the newest."""
+        return stored < self.packing.flushed(query + 1)
+
+    def _seen_raw(self, query: jax.Array, stored: jax.Array) -> jax.Array:
+        return ~self._seen_packed(query, stored)
 
     def slot_index(self, begin: jax.Array, size: int) -> jax.Array:
         """Index in `get` of slots [begin, begin + size), int32 [S] or [B, S]."""
@@ -562,14 +560,21 @@ class Layer(abc.ABC):
         if self.recent is None:
             return ok
         oldest = jnp.maximum(self.packing.flushed(position), self.start)
-        return ok & ((oldest >= self.reach - self.recent.size) | (oldest >= position))
+        return ok & ((oldest >= self.reach - self.recent.size) | self.empty_at(position))
 
     def rollback(self, n: jax.Array) -> Self:
         """Drops the latest `n` tokens (int32 [] or [B]) where that can be done exactly."""
         ok = self.can_rollback(n)
-        return self.advanced(
+        layer = self.advanced(
             -n, ok, "rollback of more tokens than this layer can bring back; nothing was dropped"
         )
+        # What was overwritten no longer matters, and slots are told apart by the new tokens only.
+        afresh = ok & layer.empty_at(layer.position)
+        return layer.replace(reach=jnp.where(afresh, layer.position, layer.reach))
+
+    def empty_at(self, position: jax.Array) -> jax.Array:
+        """Whether a layer at an earlier `position` would have nothing in its rings."""
+        return position <= self.start
 
     def reset(self) -> Self:
         """Empties the layer; buffers are kept and what they hold is never seen again."""

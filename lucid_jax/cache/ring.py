@@ -13,12 +13,13 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax import lax
 
 from lucid_jax.cache import slots
 from lucid_jax.cache.checks import check_count
 from lucid_jax.cache.codec import PLAIN, Codec, check_codec
 from lucid_jax.cache.layer import Chunk, Layer, blank
-from lucid_jax.cache.part import Region
+from lucid_jax.cache.part import Part, Region
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +128,47 @@ class Ring(Layer):
             value=jax.tree.map(write, self.value, chunk.value),
         ).counted(chunk)
 
+    def overwritten_by(self, chunk: Chunk) -> list[Part]:
+        """See `Layer.overwritten_by`: older tokens of the ring, and all but the latest of a chunk."""
+        new = jax.tree.leaves(chunk.value)[0].shape[2]
+        stop = chunk.first + chunk.stored
+        size = min(new, self.ring)
+        position = slots.span(jnp.maximum(chunk.first, stop - size), size)
+        slot = self.slot_of(position)
+        goes = (position < stop[..., None]) & (position >= self.pinned)
+        old = jnp.where(goes, self.position_in(slot), -1)
+        if self.recent is not None:
+            old = jnp.where(old < self.packing.flushed(self.position)[..., None], old, -1)
+
+        def read(leaf: jax.Array) -> jax.Array:
+            stride = self.num_slots // leaf.shape[2]
+            return slots.take(leaf, slot[..., ::stride] // stride)
+
+        def cut(begin: jax.Array, size: int) -> jax.Array:
+            return lax.dynamic_slice_in_dim(old, begin, size, axis=-1)
+
+        displaced = Part(
+            jax.tree.map(read, self.key),
+            jax.tree.map(read, self.value),
+            *self.packing.forms,
+            size=size,
+            start=jnp.int32(0),
+            stop=jnp.int32(size),
+            positions=cut,
+            index=lambda begin, size: self.index_of(cut(begin, size)),
+        )
+        if new <= self.ring:
+            return [displaced]
+        tokens = (chunk.key, chunk.value)
+        passing = self.run(tokens, self.packing.forms, chunk.first, stop - self.ring)
+
+        def unpinned(begin: jax.Array, size: int) -> jax.Array:
+            position = passing.positions(begin, size)
+            return jnp.where(position >= self.pinned, position, -1)
+
+        visible = None if self.recent is None else self._seen_packed
+        return [displaced, dataclasses.replace(passing, positions=unpinned, visible=visible)]
+
     def write(
         self, key: jax.Array, value: jax.Array, index: jax.Array, counts: jax.Array | None
     ) -> Self:
@@ -193,7 +235,10 @@ class Ring(Layer):
 
     def slot_positions(self, begin: jax.Array, size: int) -> jax.Array:
         """See `Layer.slot_positions`."""
-        slot = slots.span(jnp.broadcast_to(begin, self.position.shape), size)
+        return self.position_in(slots.span(jnp.broadcast_to(begin, self.position.shape), size))
+
+    def position_in(self, slot: jax.Array) -> jax.Array:
+        """`slot_positions` of any slots, int32 [S] or [B, S]."""
         # In a ring slot is the latest token that came to it, even if it has been rolled back since.
         last = self.packing.flushed(self.reach)[..., None] - 1
         around = last - (last - slot) % self.ring
@@ -244,7 +289,12 @@ class Ring(Layer):
         """See `Layer.retained`. The ring holds the latest R tokens that ever came."""
         oldest = jnp.maximum(jnp.maximum(self.start, self.pinned), position - self.spec.window)
         overwritten = self.packing.flushed(self.reach) - self.ring
-        return (oldest >= overwritten) | (oldest >= self.packing.flushed(position))
+        return (oldest >= overwritten) | self.empty_at(position)
+
+    def empty_at(self, position: jax.Array) -> jax.Array:
+        """See `Layer.empty_at`. Pinned tokens are in no ring, but their residual is."""
+        nothing = super().empty_at(position)
+        return nothing if self.recent is not None else nothing | (position <= self.pinned)
 
 
 def _whole(count: int, group: int) -> int:
