@@ -176,8 +176,8 @@ class Oracle:
     def rollback(self, n, traced=False):
         drops = np.broadcast_to(n, self.batch).tolist()
         possible = [
-            0 <= n <= have and self._all_there(row, row.position - n)
-            for n, have, row in zip(drops, self.lengths(), self.rows, strict=True)
+            0 <= n <= row.position - row.start and self._all_there(row, row.position - n)
+            for n, row in zip(drops, self.rows, strict=True)
         ]
         for b in self._allowed(possible, traced):
             row = self.rows[b]

@@ -230,3 +230,10 @@ def test_what_is_quantized_is_never_quantized_again(codec):
         new = (x[:, :, step : step + 1] * np.float32(1000) for x in (key, value))
         state = lj.update(state, *new, 0)
     jax.tree.map(np.testing.assert_array_equal, packed(state), before)
+
+
+@pytest.mark.parametrize("codec", [INT4(), KIVI(group=4, residual=1)], ids=["int4", "kivi"])
+def test_the_largest_float16_stays_finite(codec):
+    """An offset rounded to bfloat16 may pass what float16 can say."""
+    key = jnp.full((1, H, 12, D), -65504, jnp.float16)
+    assert np.isfinite(np.asarray(lj.get(_fill(codec, key, key), 0)[0], np.float32)).all()

@@ -204,6 +204,23 @@ def test_a_residual_longer_than_a_block_moves_whole():
         np.testing.assert_array_equal(ours, theirs)
 
 
+def test_freeing_nothing_or_a_row_that_is_not_there():
+    """No rows: no change. Traced, a row out of range is flagged, as everywhere."""
+    state = _batch(lj.Static(20))
+    assert_same(lj.free(state, []), state)
+    flagged = jax.jit(lj.free)(state, np.array([5]))
+    assert np.asarray(lj.overflowed(flagged)).all()
+    np.testing.assert_array_equal(lj.seq_length(flagged), lj.seq_length(state))
+
+
+def test_a_state_is_not_donated_into_itself():
+    """The rows to insert would be gone."""
+    state = _batch(lj.Static(20))
+    with pytest.raises(ValueError, match="shares its buffers"):
+        lj.insert(state, [1, 0, 2, 3], state, donate=True)
+    assert_same(lj.insert(state, [1, 0, 2, 3], state), lj.select(state, [1, 0, 2, 3]))
+
+
 def test_of_rows_named_twice_the_last_wins_in_every_leaf():
     """A traced caller may name a row twice; contents and counters then come from one sequence."""
     other = _batch(lj.Static(20), [9, 4], seed=1)

@@ -551,3 +551,35 @@ def test_places_stay_small_however_far_the_text_goes(offset):
         expected = _streaming(query[row], key[row], value[row], _seen(count, window, sinks), theta)
         _close(got[row, :, 5:], expected[:, sinks + 5 :])
     assert got.shape[3] == DV
+
+
+def test_a_draft_longer_than_the_window_rolls_back_within_slack():
+    """What slid out of the window while the draft was there comes back."""
+    for spec, drafts in ((lj.Sliding(2, slack=6), 4), (lj.Sliding(1, sinks=3, slack=4), 3)):
+        state = lj.crop(lj.update(make(spec, batch=1), *tokens(0, 1, 10), 0), 2)
+        drafted = lj.update(state, *tokens(1, 1, drafts), 0)
+        assert_same(lj.rollback(drafted, drafts), state)
+        with pytest.raises(ValueError, match="slack="):
+            lj.rollback(drafted, drafts + 5)
+
+
+@pytest.mark.parametrize("slack", [0, 3, 5])
+def test_nan_that_slid_out_of_the_window_is_not_seen(slack):
+    """Slack keeps it for a rollback, and no query for it."""
+    key, value = tokens(0, 1, 8)
+    value[:, :, 2] = np.nan
+    state = lj.update(make(lj.Sliding(4, slack=slack), batch=1), key, value, 0)
+    assert np.isfinite(lj.attend(state, queries(0, 1, 1), 0)).all()
+
+
+def test_a_concrete_state_works_inside_jit():
+    """A cached prefix that a compiled function closes over is checked and grown as outside."""
+    prefix = lj.update(make(lj.Dynamic(), batch=1), *tokens(0, 1, 8), 0)
+    query = queries(0, 1, 1)
+    for change in (lambda s: lj.rollback(s, 1), lambda s: lj.ensure_capacity(s, 100)):
+        out = jax.jit(lambda q, change=change: lj.attend(change(prefix), q, 0))(query)
+        np.testing.assert_allclose(out, lj.attend(change(prefix), query, 0), rtol=1e-6, atol=1e-6)
+    with pytest.raises(ValueError, match="tokens stored"):
+        jax.jit(lambda q: lj.attend(lj.rollback(prefix, 9), q, 0))(query)
+    with pytest.raises(TypeError, match="Python numbers"):
+        jax.jit(lambda scale: lj.attend(prefix, query, 0, scale=scale))(0.5)

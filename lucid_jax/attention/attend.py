@@ -444,6 +444,10 @@ def _walk(
         if part.visible is not None:
             seen = seen & part.visible(asked, at)
 
+        # What no query sees may hold NaN, as a token that a window left behind, and a weight of 0
+        # would not silence it.
+        alive = jnp.any(seen, axis=(2, 3))
+
         if options.rope_theta is None:
             scores = part.key_form.scores(rows, key)
         else:
@@ -466,8 +470,6 @@ def _walk(
         shift = jnp.where(jnp.isneginf(new_top), 0, new_top)
         weights = jnp.exp(scores - shift[..., None])
         decay = jnp.exp(top - shift)
-        # A dead slot may hold NaN, and a weight of 0 would not silence it.
-        alive = live.reshape(*live.shape[:2], size)
 
         def silence(leaf: jax.Array) -> jax.Array:
             shaped = alive.reshape(*alive.shape, *(1,) * (leaf.ndim - 3))
@@ -502,6 +504,11 @@ def _as_options(
         window = min(check_count(window, "window", 1), 1 << 30)  # int32 arithmetic must not wrap
         if not causal:
             raise ValueError("window= counts back from a causal query; drop it or causal=False")
+    if is_traced(scale, softcap, rope_theta):
+        raise TypeError(
+            "scale, softcap and rope_theta must be Python numbers, known at trace time, got a traced "
+            "value; multiply the query instead, or close over a constant"
+        )
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be positive, got {softcap}; None turns it off")
     if rope_theta is not None and not causal:

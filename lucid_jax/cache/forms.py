@@ -143,7 +143,8 @@ class Nibbles(Form):
         """See `Form.decode`."""
         codes = self._groups(stored, jnp.dtype(jnp.float32))
         offset, scale = (_as_float(stored[name])[..., None] for name in ("offset", "scale"))
-        return (codes * scale + offset).reshape(*codes.shape[:3], self.dim).astype(self.dtype)
+        wide = (codes * scale + offset).reshape(*codes.shape[:3], self.dim)
+        return _narrowed(wide, self.dtype)
 
     def scores(self, rows: jax.Array, stored: dict[str, jax.Array]) -> jax.Array:
         """See `Form.scores`."""
@@ -216,7 +217,7 @@ class ChannelNibbles(Form):
         codes = self._groups(stored, jnp.dtype(jnp.float32))
         offset, scale = (_as_float(stored[name])[:, :, :, None] for name in ("offset", "scale"))
         tokens = (codes * scale + offset).reshape(*codes.shape[:2], -1, self.dim)
-        return tokens.astype(self.dtype)
+        return _narrowed(tokens, self.dtype)
 
     def scores(self, rows: jax.Array, stored: dict[str, jax.Array]) -> jax.Array:
         """See `Form.scores`: the scale of a channel goes to the query's channel."""
@@ -283,6 +284,12 @@ def _as_bits(x: jax.Array) -> jax.Array:
 def _as_float(bits: jax.Array) -> jax.Array:
     """Stored bfloat16 bits as float32."""
     return lax.bitcast_convert_type(bits, jnp.bfloat16).astype(jnp.float32)
+
+
+def _narrowed(x: jax.Array, dtype: str) -> jax.Array:
+    """float32 to the tokens' dtype: a rounded offset must not pass its largest number (float16)."""
+    top = float(jnp.finfo(dtype).max)
+    return jnp.clip(x, -top, top).astype(dtype) if dtype == "float16" else x.astype(dtype)
 
 
 def _quantize_affine(

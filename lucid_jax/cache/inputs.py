@@ -129,7 +129,7 @@ def make_room(layer: Layer, tokens: int, places: Any, counts: Any) -> Layer:
                     f"{far}"
                 )
         return layer
-    stored = np.asarray(layer.length)
+    stored = layer.length_on_host()
     if places is None:
         new = np.int32(tokens) if counts is None else counts
         need = int(np.max(stored.astype(np.int64) + new))

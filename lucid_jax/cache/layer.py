@@ -120,7 +120,7 @@ class Layer(abc.ABC):
             if any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in leaves):
                 length = "donated"
             elif not is_traced(leaves):
-                length = np.asarray(self.length).tolist()
+                length = self.length_on_host().tolist()
         dims = f"D={self.packing.head_dim}"
         return f"{type(self).__name__}({self.spec}, {sizes}, {dims}, {self.dtype}, length={length})"
 
@@ -175,6 +175,11 @@ class Layer(abc.ABC):
     def has_places(self) -> bool:
         """Whether an index of `get` is one absolute position, the same in all heads."""
         return True
+
+    def length_on_host(self) -> np.ndarray:
+        """`length` of a concrete layer, int32 [] or [B], also while something else is traced."""
+        with jax.ensure_compile_time_eval():
+            return np.asarray(self.length)
 
     @property
     @abc.abstractmethod
@@ -556,7 +561,7 @@ class Layer(abc.ABC):
     def can_rollback(self, n: jax.Array) -> jax.Array:
         """Whether the latest `n` tokens (int32 [] or [B]) can be dropped as if they never came."""
         position = self.position - n
-        ok = (n >= 0) & (n <= self.length) & self.retained(position)
+        ok = (n >= 0) & (position >= self.start) & self.retained(position)
         if self.recent is None:
             return ok
         oldest = jnp.maximum(self.packing.flushed(position), self.start)

@@ -66,7 +66,12 @@ def insert(
         raise ValueError(f"rows must be distinct, got {places.tolist()}")
     if is_traced(state, other, places):
         return _insert(state, places, other)
-    longest = [int(np.max(np.asarray(layer.length))) for layer in other.layers]
+    if donate and {id(x) for x in jax.tree.leaves(state)} & {id(x) for x in jax.tree.leaves(other)}:
+        raise ValueError(
+            "a state cannot be donated while the other one shares its buffers; pass donate=False, "
+            "or insert rows that extract() or select() has copied"
+        )
+    longest = [int(np.max(layer.length_on_host())) for layer in other.layers]
     state = with_room(state, longest)
     return (_insert_donated if donate else _insert_kept)(state, places, other)
 
@@ -159,7 +164,7 @@ def free(state: CacheState, rows: ArrayLike, *, donate: bool = False) -> CacheSt
 
     Raises:
         ValueError: if the cache is not ragged, or a mask is not [B].
-        IndexError: for a concrete row out of range.
+        IndexError: for a concrete row out of range. (A traced one sets `overflowed`.)
         TypeError: if rows are neither integers nor booleans.
 
     Example:
@@ -174,6 +179,9 @@ def free(state: CacheState, rows: ArrayLike, *, donate: bool = False) -> CacheSt
     check_alive(state)
     _need_ragged(state, "free")
     array = as_array(rows)
+    if array.shape == (0,):
+        return state
+    ok: Any = np.True_
     if array.dtype == jnp.bool_:
         if array.shape != (state.batch_size,):
             raise ValueError(
@@ -186,13 +194,18 @@ def free(state: CacheState, rows: ArrayLike, *, donate: bool = False) -> CacheSt
         host: Any = np if isinstance(numbers, np.ndarray) else jnp
         each = np.arange(state.batch_size, dtype=np.int32)
         gone = host.any(each[:, None] == numbers[None], axis=1)
+        ok = host.all((numbers >= 0) & (numbers < state.batch_size))
     if is_traced(state, gone):
-        return _free(state, gone)
-    return (_free_donated if donate else _free_kept)(state, gone)
+        return _free(state, gone, ok)
+    return (_free_donated if donate else _free_kept)(state, gone, ok)
 
 
-def _free(state: CacheState, gone: jax.Array) -> CacheState:
-    return state.with_layers(layer.free(gone) for layer in state.layers)
+def _free(state: CacheState, gone: jax.Array, ok: Any) -> CacheState:
+    freed = [layer.free(jnp.asarray(gone)) for layer in state.layers]
+    what = "freeing of a row that is not in the batch"
+    return state.with_layers(
+        layer.replace(overflowed=layer.flag(jnp.asarray(ok), what)) for layer in freed
+    )
 
 
 _free_kept = jax.jit(_free)

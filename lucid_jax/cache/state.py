@@ -440,7 +440,7 @@ def check_overflow(state: CacheState) -> None:
             rows = f", rows {np.flatnonzero(flags).tolist()}" if layer.ragged else ""
             raise OverflowError(
                 f"layer {index}{rows}: a compiled step asked for more than the cache could do "
-                f"(length {np.asarray(layer.length).tolist()}, capacity {layer.capacity}); nothing "
+                f"(length {layer.length_on_host().tolist()}, capacity {layer.capacity}); nothing "
                 "was overwritten, but those tokens are missing. Give the cache more room "
                 "(Static(capacity), ensure_capacity) or check the positions and rows passed in"
             )
@@ -584,7 +584,8 @@ def rollback(state: CacheState, n: ArrayLike, *, donate: bool = False) -> CacheS
     if drop.ndim > 1 or (drop.ndim == 1 and drop.shape != (state.batch_size,)):
         raise ValueError(f"n must be an integer or shape ({state.batch_size},), got {drop.shape}")
     if not is_traced(state, drop):
-        possible = np.asarray(_can_rollback(state, drop))
+        with jax.ensure_compile_time_eval():  # also where a concrete state is used inside jit
+            possible = np.asarray(_can_rollback(state, drop))
         if not possible.all():
             raise ValueError(_no_way_back(state, np.asarray(drop), possible))
     return _rollback(state, drop, donate=donate)
@@ -599,10 +600,13 @@ def _can_rollback(state: CacheState, n: jax.Array) -> jax.Array:
 def _no_way_back(state: CacheState, drop: np.ndarray, possible: np.ndarray) -> str:
     owner = int(np.flatnonzero(~possible.reshape(len(possible), -1).all(axis=1))[0])
     layer = state.layers[owner]
-    stored = np.asarray(layer.length)
+    stored = np.asarray(layer.position) - np.asarray(layer.start)
     asked = f"rollback({drop.tolist()}) of layer {state.owners[owner]}"
     if np.any(drop < 0) or np.any(drop > stored):
-        return f"{asked} needs 0 <= n <= tokens stored, which are {stored.tolist()}"
+        return (
+            f"{asked} needs 0 <= n <= tokens stored, or slid out of a window since they were, which "
+            f"are {stored.tolist()}"
+        )
     if not layer.has_places:
         return f"{asked} would reach tokens that were there at the latest compact; drop fewer"
     return (
@@ -666,7 +670,7 @@ def ensure_capacity(state: CacheState, n: int) -> CacheState:
         )
     check_alive(state)
     more = check_count(n, "n")
-    return with_room(state, [int(np.max(np.asarray(x.length))) + more for x in state.layers])
+    return with_room(state, [int(np.max(x.length_on_host())) + more for x in state.layers])
 
 
 def room(state: CacheState) -> int | None:
@@ -677,7 +681,7 @@ def room(state: CacheState) -> int | None:
     check_alive(state)
     return min(
         (
-            layer.capacity - int(np.max(np.asarray(layer.length)))
+            layer.capacity - int(np.max(layer.length_on_host()))
             for layer in state.layers
             if layer.bounded
         ),
