@@ -39,3 +39,20 @@ jax.monitoring.register_event_duration_secs_listener(_count_compilation)
 def compilations():
     """A function that returns how many programs XLA has compiled so far in this process."""
     return lambda: _compilations
+
+
+_PROGRAMS_KEPT = 1000
+_forgotten = 0
+
+
+@pytest.fixture(autouse=True)
+def _forget_programs():
+    """Drops compiled programs now and then.
+
+    Each takes a dozen memory maps, of which Linux grants a process 65,530; past that XLA crashes.
+    """
+    global _forgotten
+    yield
+    if _compilations - _forgotten > _PROGRAMS_KEPT:
+        jax.clear_caches()
+        _forgotten = _compilations
