@@ -165,7 +165,7 @@ def init_cache(
         ...     lj.Static(16), num_layers=2, batch_size=1, num_kv_heads=4, head_dim=8
         ... )
         >>> state.layers[0].key.shape, lj.nbytes(state)
-        ((1, 4, 16, 8), 8214)
+        ((1, 4, 16, 8), 8218)
     """
     if isinstance(spec, Sequence):
         specs = list(spec)
