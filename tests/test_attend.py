@@ -361,3 +361,23 @@ def test_a_window_wider_than_int32_is_no_window(width):
     np.testing.assert_array_equal(
         lj.attend(state, query, 0, window=width), lj.attend(state, query, 0)
     )
+
+
+@pytest.mark.parametrize("ragged", [False, True], ids=["aligned", "ragged"])
+def test_attention_starts_reading_at_the_window(ragged, monkeypatch):
+    """Cost follows the window: slots before it are skipped, cropped and quantized layers too."""
+    codec = lj.codecs.KIVI(group=4, residual=2)
+    for spec, first in ((lj.Static(40), 22), (lj.Static(40, codec), 22 + 8 % 4)):
+        state = lj.crop(lj.update(make(spec, ragged=ragged), *tokens(0, 2, 38), 0), 30)
+        layer = state.layers[0]
+        oldest = jnp.full_like(layer.position, 30)  # position 8 is the first that is left
+        assert layer.first_slot(oldest) == first
+    ring = make(lj.Sliding(8), ragged=ragged).layers[0]
+    assert ring.first_slot(ring.position) == 0
+    state = lj.update(make(ragged=ragged), *tokens(0, 2, 5), 0)
+    assert np.any(lj.attend(state, queries(0, 2, 1), 0, window=2))
+    # And attend goes by it: from past the end on, it reads nothing.
+    monkeypatch.setattr(type(layer), "first_slot", lambda self, oldest: self.slots_in_use())
+    jax.clear_caches()
+    assert not np.any(lj.attend(state, queries(0, 2, 1), 0, window=2))
+    jax.clear_caches()

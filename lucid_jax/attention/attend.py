@@ -385,6 +385,9 @@ def _over(
         jnp.zeros(shape, wide),
         jnp.zeros((*shape, value_dim), wide),
     )
+    if options.window is not None:  # what lies before it is not even read
+        first = layer.first_slot(jnp.min(position, axis=-1) - (options.window - 1))
+        parts = [dataclasses.replace(parts[0], start=first), *parts[1:]]
     for region in layer.regions(position, options.rope_theta is not None):
         rows = query.astype(wide)
         if options.rope_theta is not None:

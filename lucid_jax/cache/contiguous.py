@@ -235,6 +235,10 @@ class Contiguous(Layer):
         """See `Layer.slots_in_use`. Up to the longest length in the batch."""
         return jnp.max(self.length + self.start % self.packing.codec.unit)
 
+    def first_slot(self, oldest: jax.Array) -> jax.Array:
+        """See `Layer.first_slot`. Where some were evicted, the others only moved further down."""
+        return jnp.clip(jnp.min(self.slot_of(oldest)), 0, self.slots_in_use())
+
     def regions(self, query: jax.Array, by_place: bool) -> list[Region]:
         """See `Layer.regions`. All that is stored, and a token's place is its index."""
         return [Region(None, self.index_of, lambda position, index: index)]

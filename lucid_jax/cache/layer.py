@@ -237,6 +237,10 @@ class Layer(abc.ABC):
     def slots_in_use(self) -> jax.Array:
         """A bound below which all live slots are, int32 []: it follows length, not capacity."""
 
+    def first_slot(self, oldest: jax.Array) -> jax.Array:
+        """The first slot, int32 [], that may hold a token at position `oldest` ([] or [B]) or later."""
+        return jnp.int32(0)
+
     @abc.abstractmethod
     def regions(self, query: jax.Array, by_place: bool) -> list[Region]:
         """What queries at absolute positions [T] or [B, T] see; apart where RoPE by place differs."""
