@@ -12,14 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from rich.table import Table
 
 from lucid_jax.cache.checks import check_count
 from lucid_jax.cache.contiguous import Static
 from lucid_jax.cache.layer import Layer, LayerSpec
 from lucid_jax.cache.state import CacheState, Shared, init_cache
 from lucid_jax.report import bytes_of, slot_leaves
-from lucid_jax.tables import Sheet, count_of, short_name, size_of
+from lucid_jax.tables import Printed, Sheet, count_of, short_name, size_of
 
 _LIMIT = int(np.iinfo(np.int32).max)  # positions are int32
 
@@ -65,7 +64,7 @@ class PlanRow:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Plan(Printed):
     """What a cache would take, and what would fit. Prints as a table; `plan` makes it.
 
     Attributes:
@@ -101,15 +100,6 @@ class Plan:
     def fits(self) -> bool | None:
         """Whether the cache is within the budget; None without one."""
         return None if self.budget is None else self.nbytes <= self.budget
-
-    def __str__(self) -> str:
-        return self._sheet().text()
-
-    def __rich__(self) -> Table:
-        return self._sheet().rich()
-
-    def _repr_html_(self) -> str:
-        return self._sheet().html()
 
     def _sheet(self) -> Sheet:
         return Sheet(

@@ -13,13 +13,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.table import Table
 
 from lucid_jax.cache.checks import check_alive, is_traced
 from lucid_jax.cache.layer import Layer
 from lucid_jax.cache.part import Part, wide
 from lucid_jax.cache.state import CacheState, nbytes
-from lucid_jax.tables import Sheet, count_of, short_name, size_of
+from lucid_jax.tables import Printed, Sheet, count_of, short_name, size_of
 
 
 def check_concrete(state: CacheState, caller: str) -> None:
@@ -70,7 +69,7 @@ class MemoryRow:
 
 
 @dataclasses.dataclass(frozen=True)
-class MemoryReport:
+class MemoryReport(Printed):
     """What a cache takes, layer by layer. Prints as a table; `memory_report` makes it.
 
     Attributes:
@@ -100,15 +99,6 @@ class MemoryReport:
     def ratio(self) -> float | None:
         """How many times less is used than 16-bit floats would take; None while empty."""
         return self.float16 / self.used if self.used else None
-
-    def __str__(self) -> str:
-        return self._sheet().text()
-
-    def __rich__(self) -> Table:
-        return self._sheet().rich()
-
-    def _repr_html_(self) -> str:
-        return self._sheet().html()
 
     def _sheet(self) -> Sheet:
         return Sheet(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import html
 import io
@@ -109,3 +110,20 @@ def short_name(config: Any, leave_out: str = "") -> str:
         if field.name != leave_out and value != field.default:
             shown.append(f"{field.name}={value!r}")
     return type(config).__name__ + (f"({', '.join(shown)})" if shown else "")
+
+
+class Printed(abc.ABC):
+    """Prints as a table: as text, in rich, and in notebooks."""
+
+    @abc.abstractmethod
+    def _sheet(self) -> Sheet:
+        """The table."""
+
+    def __str__(self) -> str:
+        return self._sheet().text()
+
+    def __rich__(self) -> Table:
+        return self._sheet().rich()
+
+    def _repr_html_(self) -> str:
+        return self._sheet().html()

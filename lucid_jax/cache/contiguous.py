@@ -257,8 +257,7 @@ class Contiguous(Layer):
         assert isinstance(other, Contiguous)
         new = other.tracked().places
         assert new is not None
-        target = jnp.where(self.takes_rows(rows, other), rows, self.batch_size)
-        target = slots.last_wins(target, dropped=self.batch_size)
+        target = self.row_targets(rows, other)
         used = jnp.minimum(other.slots_in_use(), self.num_slots)
         floor = jnp.broadcast_to(new.floor, rows.shape)
         return moved.replace(

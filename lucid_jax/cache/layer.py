@@ -22,7 +22,7 @@ from lucid_jax.cache import residual, slots
 from lucid_jax.cache.checks import is_traced
 from lucid_jax.cache.codec import Codec, Identity
 from lucid_jax.cache.forms import Form, Raw, Stored
-from lucid_jax.cache.part import Part, Region, wide
+from lucid_jax.cache.part import Part, Region
 from lucid_jax.cache.residual import Recent
 
 _COUNTERS = ("start", "position", "reach", "overflowed")
@@ -516,10 +516,8 @@ class Layer(abc.ABC):
         flagged. The other layer may have fewer or more slots, or be aligned.
         """
         inside = (rows >= 0) & (rows < self.batch_size)
-        taken = self.takes_rows(rows, other)
-        target = jnp.where(taken, rows, self.batch_size)
-        # Of rows that are named twice, as a traced caller may, the last wins in every leaf.
-        target = slots.last_wins(target, dropped=self.batch_size)
+        taken = inside & (other.length <= self.capacity)
+        target = self.row_targets(rows, other)
         used = jnp.minimum(other.slots_in_use(), self.num_slots)
 
         def move(leaf: jax.Array, new: jax.Array) -> jax.Array:
@@ -533,7 +531,7 @@ class Layer(abc.ABC):
             "value": jax.tree.map(move, self.value, other.value),
             "recent": jax.tree.map(move_whole, self.recent, other.recent),
         }
-        for name in ("start", "position", "reach"):
+        for name in _COUNTERS:
             new = jnp.broadcast_to(getattr(other, name), rows.shape)
             changes[name] = getattr(self, name).at[target].set(new, mode="drop")
         refused = jnp.zeros(self.batch_size, bool)
@@ -542,15 +540,14 @@ class Layer(abc.ABC):
         )
         # A row that does not exist is nobody's: every row says so.
         ok = ~refused & jnp.all(inside)
-        changes["overflowed"] = self.overflowed.at[target].set(
-            jnp.broadcast_to(other.overflowed, rows.shape), mode="drop"
-        )
         layer = self.replace(**changes)
         return layer.replace(overflowed=layer.flag(ok, "insertion of rows that do not fit"))
 
-    def takes_rows(self, rows: jax.Array, other: Layer) -> jax.Array:
-        """Which rows of another layer fit where they should go: bool [B']."""
-        return (rows >= 0) & (rows < self.batch_size) & (other.length <= self.capacity)
+    def row_targets(self, rows: jax.Array, other: Layer) -> jax.Array:
+        """Where rows of another layer go, int32 [B'], distinct; B for one that does not fit."""
+        taken = (rows >= 0) & (rows < self.batch_size) & (other.length <= self.capacity)
+        # Of rows that are named twice, as a traced caller may, the last wins in every leaf.
+        return slots.last_wins(jnp.where(taken, rows, self.batch_size), dropped=self.batch_size)
 
     def free(self, gone: jax.Array) -> Self:
         """Empties the rows where `gone`, bool [B]."""
@@ -662,6 +659,3 @@ def blank(
         "spec": spec,
         "packing": packing,
     }
-
-
-__all__ = ["Chunk", "Layer", "LayerSpec", "Packing", "blank", "wide"]

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-from lucid_jax.cache import slots
+from lucid_jax.cache import residual, slots
 from lucid_jax.cache.checks import check_count
 from lucid_jax.cache.codec import PLAIN, Codec, check_codec
 from lucid_jax.cache.layer import Chunk, Layer, blank
@@ -99,8 +99,8 @@ class Ring(Layer):
     @property
     def lookback(self) -> int | None:
         """See `Layer.lookback`."""
-        slack, residual = self.spec.slack, self.packing.codec.residual
-        return min(slack, residual) if residual else slack
+        slack, kept = self.spec.slack, self.packing.codec.residual
+        return min(slack, kept) if kept else slack
 
     def fits(self, count: jax.Array) -> jax.Array:
         """See `Layer.fits`: always."""
@@ -240,8 +240,7 @@ class Ring(Layer):
     def position_in(self, slot: jax.Array) -> jax.Array:
         """`slot_positions` of any slots, int32 [S] or [B, S]."""
         # In a ring slot is the latest token that came to it, even if it has been rolled back since.
-        last = self.packing.flushed(self.reach)[..., None] - 1
-        around = last - (last - slot) % self.ring
+        around = residual.newest(slot, self.packing.flushed(self.reach), self.ring)
         position = jnp.where(slot < self.pinned, slot, around)
         live = (position >= self.start[..., None]) & (position < self.position[..., None])
         live = live & ((slot < self.pinned) | (position >= self.pinned))
