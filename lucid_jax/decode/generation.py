@@ -36,8 +36,20 @@ class LanguageModel(Protocol):
 
     config: Any
 
-    def hidden(self, tokens: jax.Array, cache: Any = None, *, lengths: Any = None) -> Any:
-        """Tokens (B, T) to hidden states (B, T, E) and the cache."""
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """Per layer, how many positions back a token sees; None for all."""
+
+    def hidden(
+        self,
+        tokens: jax.Array,
+        cache: Any = None,
+        *,
+        lengths: Any = None,
+        positions: Any = None,
+        mask: Any = None,
+    ) -> Any:
+        """Tokens (B, T) to hidden states (B, T, E) and the cache; see `Transformer.hidden`."""
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Hidden states (B, T, E) to logits (B, T, V)."""

@@ -157,6 +157,8 @@ class Transformer(nnx.Module):
         cache: Cache | CacheState | None = None,
         *,
         lengths: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        mask: jax.Array | None = None,
     ) -> Any:
         """Predicts, after each token, the next one.
 
@@ -164,6 +166,10 @@ class Transformer(nnx.Module):
           tokens: int32 (B, T): with a cache, the tokens that follow what it holds.
           cache: a stateful cache, changed in place, or a pure `CacheState`, returned changed.
           lengths: int32 [B], ragged pure caches: how many of each row's tokens are real.
+          positions: int32 [T] or [B, T], the tokens' positions in their text, where those are not
+            the order in which the cache stores them (the branches of a tree of tokens).
+          mask: bool, broadcastable to (B, N, T, C): which stored tokens each token sees, of those
+            before it in the cache; see `lucid_jax.extend`.
 
         Returns:
           Logits, float32 (B, T, V); with a pure `CacheState`, those and the new state.
@@ -172,12 +178,18 @@ class Transformer(nnx.Module):
           ValueError: if tokens are not 2-D.
           TypeError: if tokens are not integers.
         """
-        hidden, cache = self.hidden(tokens, cache, lengths=lengths)
+        hidden, cache = self.hidden(tokens, cache, lengths=lengths, positions=positions, mask=mask)
         logits = self.logits(hidden)
         return (logits, cache) if isinstance(cache, CacheState) else logits
 
     def hidden(
-        self, tokens: jax.Array, cache: Any = None, *, lengths: jax.Array | None = None
+        self,
+        tokens: jax.Array,
+        cache: Any = None,
+        *,
+        lengths: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        mask: jax.Array | None = None,
     ) -> tuple[jax.Array, Any]:
         """The last hidden states, (B, T, hidden_size), and the cache; arguments as `__call__`'s."""
         if tokens.ndim != 2:
@@ -186,8 +198,15 @@ class Transformer(nnx.Module):
             raise TypeError(f"tokens must be integers, got {tokens.dtype}")
         hidden = self.embed_tokens(tokens)
         for index, layer in enumerate(self.layers):
-            hidden, cache = layer(hidden, cache, index, lengths=lengths)
+            hidden, cache = layer(
+                hidden, cache, index, lengths=lengths, positions=positions, mask=mask
+            )
         return self.norm(hidden), cache
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """Per layer, how many positions back a token sees (itself included); None for all."""
+        return (None,) * self.config.num_hidden_layers
 
     def init_cache(
         self, spec: LayerSpec | Sequence[LayerSpec], batch_size: int, *, ragged: bool = False
