@@ -482,24 +482,35 @@ class Layer(abc.ABC):
         flag = self.flag(ok, "crop to a negative length; nothing was dropped")
         return cropped.replace(overflowed=flag)
 
-    def select(self, rows: jax.Array) -> Self:
-        """Gathers batch rows, int32 [B']; a row out of range is clamped and flagged."""
+    def select(self, rows: jax.Array, since: jax.Array | None = None) -> Self:
+        """Gathers batch rows, int32 [B']; a row out of range is clamped and flagged.
+
+        With `since`, int32 [] or [B], row i and row `rows[i]` hold the same tokens before that
+        absolute position, and those need not move.
+        """
         ok = (rows >= 0) & (rows < self.batch_size)
-        chosen = self.gather_rows(jnp.clip(rows, 0, self.batch_size - 1))
+        chosen = self.gather_rows(jnp.clip(rows, 0, self.batch_size - 1), since)
         ok = ok if self.ragged else jnp.all(ok)
         return chosen.replace(
             overflowed=chosen.flag(ok, "selection of a row that is not in the batch")
         )
 
-    def gather_rows(self, rows: jax.Array) -> Self:
-        """Gathers batch rows, int32 [B'], each in [0, B). Only slots in use move."""
+    def gather_rows(self, rows: jax.Array, since: jax.Array | None) -> Self:
+        """Gathers batch rows, int32 [B'], each in [0, B). Only slots in use move; see `select`."""
         used = self.slots_in_use()
+        first: jax.Array | None = None
+        if since is not None:
+            # Of two rows with a residual the shorter may not have packed yet what they share.
+            since = jnp.minimum(since, self.packing.flushed(jnp.min(self.position)))
+            since = jnp.broadcast_to(since, rows.shape) if self.ragged else jnp.min(since)
+            first = self.first_slot(since)
 
         def gather(leaf: jax.Array) -> jax.Array:
             if leaf.ndim < 2:
                 return jnp.take(leaf, rows, mode="clip") if leaf.ndim else leaf
             stride = max(1, self.num_slots // leaf.shape[2])
-            return slots.select_rows(leaf, rows, -(-used // stride))
+            start = None if first is None else first // stride
+            return slots.select_rows(leaf, rows, -(-used // stride), start)
 
         chosen = jax.tree.map(gather, self.replace(recent=None))
         if self.recent is None:

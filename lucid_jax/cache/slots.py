@@ -12,6 +12,7 @@ from jax import lax
 
 _ZERO_BLOCK = 64  # slots cleared per loop turn
 _MOVE_BLOCK = 256  # slots moved per loop turn
+_TAIL_BLOCK = 32  # the same, where only the latest few are to be moved
 
 
 def _along_slots(mask: jax.Array, leaf: jax.Array) -> jax.Array:
@@ -141,19 +142,23 @@ def pull(leaf: jax.Array, source: jax.Array, kept: jax.Array) -> jax.Array:
     return lax.fori_loop(0, -(-kept // size), body, leaf)
 
 
-def select_rows(leaf: jax.Array, rows: jax.Array, stop: jax.Array) -> jax.Array:
+def select_rows(
+    leaf: jax.Array, rows: jax.Array, stop: jax.Array, start: jax.Array | None = None
+) -> jax.Array:
     """Gathers batch rows, int32 [B'], of the slots below `stop` (int32 []); the rest is not moved.
 
-    With as many rows as before, the result reuses the leaf's memory block by block.
+    With as many rows as before, the result reuses the leaf's memory block by block. Then slots below
+    `start` (int32 []) may be left alone too; what is to be moved is taken to be little.
     """
     capacity = leaf.shape[2]
-    size = min(capacity, _MOVE_BLOCK)
+    size = min(capacity, _MOVE_BLOCK if start is None else _TAIL_BLOCK)
+    first = jnp.int32(0) if start is None else start
     same = rows.shape[0] == leaf.shape[0]
     # A different row count cannot be done in place, so it reads one leaf and fills another.
     out = leaf if same else jnp.zeros((rows.shape[0], *leaf.shape[1:]), leaf.dtype)
 
     def body(turn: jax.Array, out: jax.Array) -> jax.Array:
-        low = turn * size
+        low = first + turn * size
         begin = jnp.minimum(low, capacity - size)
         block = lax.dynamic_slice_in_dim(out if same else leaf, begin, size, axis=2)
         moved = jnp.take(block, rows, axis=0, mode="clip")
@@ -162,7 +167,7 @@ def select_rows(leaf: jax.Array, rows: jax.Array, stop: jax.Array) -> jax.Array:
         # The last block may overlap the one before, whose rows have moved already.
         return write_window(out, moved, begin, span(begin, size) >= low)
 
-    return lax.fori_loop(0, -(-stop // size), body, out)
+    return lax.fori_loop(0, -(-(stop - first) // size), body, out)
 
 
 def put_rows(leaf: jax.Array, new: jax.Array, rows: jax.Array, stop: jax.Array) -> jax.Array:

@@ -503,9 +503,69 @@ def select(state: CacheState, indices: ArrayLike, *, donate: bool = False) -> Ca
     return _select(state, rows, donate=donate and len(rows) == state.batch_size)
 
 
-def reorder(state: CacheState, beam_idx: ArrayLike, *, donate: bool = False) -> CacheState:
-    """`select` under its beam-search name: keep the rows of the surviving beams."""
-    return select(state, beam_idx, donate=donate)
+def reorder(
+    state: CacheState,
+    beam_idx: ArrayLike,
+    *,
+    since: ArrayLike | None = None,
+    donate: bool = False,
+) -> CacheState:
+    """`select` under its beam-search name: row i goes on from row `beam_idx[i]`.
+
+    Args:
+        state: the cache.
+        beam_idx: int32 [B'], each in [0, B).
+        since: an absolute position, an integer or int32 [B]: before it, row i already holds the tokens
+            of row `beam_idx[i]` (the prompt, and what came before those two beams parted), so
+            contiguous layers move only what follows. Rings, which wrap, move whole.
+        donate: eager calls only: the old state must not be used again.
+
+    Raises:
+        IndexError: as `select`.
+        ValueError: as `select`; and, with `since`, if it is negative, past a row's position, of
+            another shape, or if the number of rows changes. (Traced values are clamped.)
+        TypeError: as `select`.
+
+    Example:
+        >>> import jax.numpy as jnp, lucid_jax as lj
+        >>> state = lj.init_cache(
+        ...     lj.Static(8), num_layers=1, batch_size=1, num_kv_heads=2, head_dim=8
+        ... )
+        >>> prompt = jnp.ones((1, 2, 5, 8))
+        >>> state = lj.repeat_interleave(lj.update(state, prompt, prompt, 0), 3)
+        >>> tokens = jnp.arange(3.0)[:, None, None, None] * jnp.ones((1, 2, 1, 8))
+        >>> state = lj.reorder(lj.update(state, tokens, tokens, 0), [2, 0, 0], since=5)
+        >>> lj.get(state, 0)[0][:, 0, 4:6, 0].tolist()
+        [[1.0, 2.0], [1.0, 0.0], [1.0, 0.0]]
+    """
+    if since is None:
+        return select(state, beam_idx, donate=donate)
+    check_alive(state)
+    rows = check_indices(beam_idx, state.batch_size)
+    return _select(state, rows, _as_since(state, rows, since), donate=donate)
+
+
+def _as_since(state: CacheState, rows: Any, since: ArrayLike) -> Any:
+    """Checks what `reorder` is told about shared tokens."""
+    position = as_integers(since, "since")
+    if len(rows) != state.batch_size:
+        raise ValueError(
+            f"since= leaves shared tokens where they are, so the number of rows must stay "
+            f"{state.batch_size}, got {len(rows)} indices; leave since= out"
+        )
+    if position.ndim > 1 or (position.ndim == 1 and len(position) != state.batch_size):
+        raise ValueError(
+            f"since must be an integer or shape ({state.batch_size},), got {position.shape}"
+        )
+    if not is_traced(state, position):
+        with jax.ensure_compile_time_eval():  # also where a concrete state is used inside jit
+            newest = np.min([np.asarray(layer.position) for layer in state.layers], axis=0)
+        if np.any(position < 0) or np.any(position > newest):
+            raise ValueError(
+                f"since must be an absolute position in [0, {np.min(newest)}], got "
+                f"{np.asarray(position).tolist()}; rows share nothing beyond what they hold"
+            )
+    return position
 
 
 def repeat_interleave(state: CacheState, n: int) -> CacheState:

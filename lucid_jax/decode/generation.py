@@ -254,30 +254,11 @@ def _run(
     check_count(prefill_chunk, "prefill_chunk", 1)
     sampling = Sampling() if sampling is None else sampling
     tokens, lengths = pad_prompts(prompts, model.config.vocab_size)
-    longest = tokens.shape[1]
-    # The last token chosen is never fed back, so it needs no slot.
-    need = longest + max_new_tokens - 1
-    state = model.init_cache(Static(need) if cache is None else cache, len(tokens), ragged=True)
-    try:
-        # What can grow grows as far as the prompt now, and later as tokens come.
-        state = core.grow(state, longest)
-        _check_room(state, need)
-    except ValueError as error:
-        raise ValueError(
-            f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit the cache: "
-            f"{error}"
-        ) from None
-
+    state = open_cache(model, cache, len(tokens), tokens.shape[1], max_new_tokens)
     graph, params = nnx.split(model)
-    last = None
-    for start, size in prefill_chunks(longest, prefill_chunk):
-        chunk = np.zeros((len(tokens), size), np.int32)
-        part = tokens[:, start : start + size]
-        chunk[:, : part.shape[1]] = part
-        counts = np.clip(lengths - start, 0, size).astype(np.int32)
-        last, state = _prefill(graph, params, state, chunk, counts, last)
+    last, state = prefill(graph, params, state, tokens, lengths, prefill_chunk)
     loop = _start(
-        graph, params, state, last, _seen(tokens, lengths, model, sampling),
+        graph, params, state, last, seen_tokens(tokens, lengths, model, sampling),
         jax.random.key(seed), _out_size(max_new_tokens), sampling, tuple(stop_tokens),
     )  # fmt: skip
     yield loop
@@ -312,12 +293,12 @@ def _run_uncached(
     tokens, lengths = pad_prompts(prompts, model.config.vocab_size)
     graph, params = nnx.split(model)
     stops = tuple(stop_tokens)
-    capacity = _power_of_two(tokens.shape[1])
+    capacity = power_of_two(tokens.shape[1])
     history = np.pad(tokens, ((0, 0), (0, capacity - tokens.shape[1])))
     last = _last_hidden(graph, params, history, lengths)
     loop = _start(
         graph, params, (jnp.asarray(history), jnp.asarray(lengths)), last,
-        _seen(tokens, lengths, model, sampling),
+        seen_tokens(tokens, lengths, model, sampling),
         jax.random.key(seed), _out_size(max_new_tokens), sampling, stops,
     )  # fmt: skip
     yield loop
@@ -381,30 +362,83 @@ def prefill_chunks(length: int, largest: int) -> list[tuple[int, int]]:
     chunks = []
     for start in range(0, length, largest):
         left = length - start
-        chunks.append((start, min(largest, max(MIN_CHUNK, _power_of_two(left)))))
+        chunks.append((start, min(largest, max(MIN_CHUNK, power_of_two(left)))))
     return chunks
 
 
-def _power_of_two(n: int) -> int:
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least `n`, for n >= 1."""
     return 1 << (n - 1).bit_length()
 
 
 def _out_size(max_new_tokens: int) -> int:
-    return max(64, _power_of_two(max_new_tokens))
+    return max(64, power_of_two(max_new_tokens))
 
 
-def _check_room(state: core.CacheState, need: int) -> None:
-    for layer in state.layers:
-        if need > layer.capacity and layer.bounded and not layer.spec.growable:
-            raise ValueError(
-                f"they need {need} slots, but the capacity is {layer.capacity}; "
-                "shorten the prompt, lower max_new_tokens, or give the cache more capacity"
-            )
+def open_cache(
+    model: Any, cache: Any, batch_size: int, longest: int, max_new_tokens: int, spare: int = 0
+) -> core.CacheState:
+    """An empty ragged cache for prompts of up to `longest` tokens and the new ones.
+
+    Args:
+        model: see `LanguageModel`.
+        cache: a spec, or one per layer; None for static with exactly the room needed.
+        batch_size: rows.
+        longest: tokens of the longest prompt.
+        max_new_tokens: the most tokens to add; the last is never fed back, so it needs no slot.
+        spare: slots needed beyond those, as by the branches of a tree of drafts.
+
+    Raises:
+        ValueError: if they do not fit the cache.
+    """
+    need = longest + max_new_tokens - 1 + spare
+    state = model.init_cache(Static(need) if cache is None else cache, batch_size, ragged=True)
+    try:
+        # What can grow grows as far as the prompt now, and later as tokens come.
+        state = core.grow(state, longest)
+        for layer in state.layers:
+            if need > layer.capacity and layer.bounded and not layer.spec.growable:
+                raise ValueError(
+                    f"they need {need} slots, but the capacity is {layer.capacity}; "
+                    "shorten the prompt, lower max_new_tokens, or give the cache more capacity"
+                )
+    except ValueError as error:
+        drafts = f" (with {spare} slots for drafts)" if spare else ""
+        raise ValueError(
+            f"a prompt of {longest} tokens and {max_new_tokens} new ones{drafts} do not fit the "
+            f"cache: {error}"
+        ) from None
+    return state
 
 
-def _seen(
+def prefill(
+    graph: Any,
+    params: Any,
+    state: core.CacheState,
+    tokens: np.ndarray,
+    lengths: np.ndarray,
+    largest: int,
+) -> tuple[jax.Array, core.CacheState]:
+    """Feeds padded prompts, int32 (B, T), in chunks to a ragged cache, which is donated.
+
+    Returns:
+        The hidden state of each row's last token, (B, E), and the cache.
+    """
+    last = None
+    for start, size in prefill_chunks(tokens.shape[1], largest):
+        chunk = np.zeros((len(tokens), size), np.int32)
+        part = tokens[:, start : start + size]
+        chunk[:, : part.shape[1]] = part
+        counts = np.clip(lengths - start, 0, size).astype(np.int32)
+        last, state = _prefill(graph, params, state, chunk, counts, last)
+    assert last is not None
+    return last, state
+
+
+def seen_tokens(
     tokens: np.ndarray, lengths: np.ndarray, model: Any, sampling: Sampling
 ) -> jax.Array | None:
+    """Which tokens occur in each padded prompt, bool (B, V), if `sampling` wants to know."""
     if not sampling.remembers:
         return None
     seen = np.zeros((len(tokens), model.config.vocab_size), bool)
@@ -440,16 +474,16 @@ def _prefill(
 ) -> tuple[jax.Array, core.CacheState]:
     """Feeds a chunk; returns each row's latest hidden state so far, (B, E), and the cache."""
     hidden, state = nnx.merge(graph, params).hidden(chunk, state, lengths=counts)
-    newest = _at(hidden, counts)
+    newest = hidden_at(hidden, counts)
     return newest if last is None else jnp.where((counts > 0)[:, None], newest, last), state
 
 
 @partial(jax.jit, static_argnums=0)
 def _last_hidden(graph: Any, params: Any, history: jax.Array, lengths: jax.Array) -> jax.Array:
-    return _at(nnx.merge(graph, params).hidden(history)[0], lengths)
+    return hidden_at(nnx.merge(graph, params).hidden(history)[0], lengths)
 
 
-def _at(hidden: jax.Array, counts: jax.Array) -> jax.Array:
+def hidden_at(hidden: jax.Array, counts: jax.Array) -> jax.Array:
     """The hidden state of each row's `counts`-th token, (B, E)."""
     index = jnp.maximum(counts - 1, 0)[:, None, None]
     return jnp.take_along_axis(hidden, index, axis=1)[:, 0]
@@ -547,7 +581,7 @@ def _recompute(
             loop.token, mode="drop"
         )
         lengths = lengths + (~loop.done).astype(jnp.int32)
-        hidden = _at(model.hidden(history)[0], lengths)
+        hidden = hidden_at(model.hidden(history)[0], lengths)
         return _choose(model, loop.replace(cache=(history, lengths)), hidden, sampling, stops)
 
     return _loop_until(limit, feed, loop)
