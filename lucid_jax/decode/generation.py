@@ -32,9 +32,11 @@ class LanguageModel(Protocol):
 
     Attributes:
         config: has `vocab_size`.
+        rope_by_place: whether it counts positions in the cache, and so takes no `positions=`.
     """
 
     config: Any
+    rope_by_place: bool
 
     @property
     def windows(self) -> tuple[int | None, ...]:

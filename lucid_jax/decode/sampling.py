@@ -100,9 +100,7 @@ def filtered(logits: jax.Array, sampling: Sampling, seen: jax.Array | None = Non
     if sampling.remembers:
         if seen is None:
             raise ValueError("repetition_penalty needs seen=, the tokens that occurred already")
-        penalty = sampling.repetition_penalty
-        penalized = jnp.where(logits > 0, logits / penalty, logits * penalty)
-        logits = jnp.where(seen, penalized, logits)
+        logits = penalized(logits, seen, sampling.repetition_penalty)
     if sampling.temperature == 0:
         return logits
     logits = logits / sampling.temperature
@@ -123,3 +121,8 @@ def filtered(logits: jax.Array, sampling: Sampling, seen: jax.Array | None = Non
         floor = sampling.min_p * jnp.max(likely, axis=-1, keepdims=True)
         logits = jnp.where(likely < floor, -jnp.inf, logits)
     return logits
+
+
+def penalized(scores: jax.Array, seen: jax.Array, penalty: float) -> jax.Array:
+    """Logits or log-probabilities (..., V), those of tokens `seen` (bool alike) made less likely."""
+    return jnp.where(seen, jnp.where(scores > 0, scores / penalty, scores * penalty), scores)

@@ -124,6 +124,7 @@ class Transformer(nnx.Module):
         dtypes: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
         self.config = config
         self.dtype = jnp.dtype(dtype)
+        self.rope_by_place = rope_by_place
         self.embed_tokens = nnx.Embed(
             config.vocab_size,
             config.hidden_size,
