@@ -35,10 +35,10 @@ from lucid_jax.cache.state import (
     update,
     valid,
 )
-from lucid_jax.decode import Generation, Sampling, generate, stream
+from lucid_jax.decode import BeamResult, Generation, Sampling, beam_search, generate, stream
 from lucid_jax.files import CacheFileError, load, save
 from lucid_jax.planning import Plan, plan
-from lucid_jax.plots import plot_occupancy
+from lucid_jax.plots import plot_beam_tree, plot_occupancy
 from lucid_jax.report import MemoryReport, memory_report, state_html
 from lucid_jax.tensor import (
     BFloat16,
@@ -61,6 +61,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BFloat16",
+    "BeamResult",
     "Bool",
     "CacheFileError",
     "CacheState",
@@ -83,6 +84,7 @@ __all__ = [
     "Static",
     "Tensor",
     "attend",
+    "beam_search",
     "capacity",
     "check_overflow",
     "codecs",
@@ -106,6 +108,7 @@ __all__ = [
     "nn",
     "overflowed",
     "plan",
+    "plot_beam_tree",
     "plot_occupancy",
     "positions",
     "randn",

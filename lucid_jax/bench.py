@@ -55,7 +55,7 @@ def run_bench(*, as_json: bool = False, quick: bool = False) -> list[Row]:
         quick: smaller sizes and fewer repeats: shows that it runs, not how fast.
     """
     repeats = 1 if quick else 4
-    groups = (_append, _slide, _step, _codecs, _reorder, _crop, _eager, _generation)
+    groups = (_append, _slide, _step, _codecs, _reorder, _crop, _eager, _generation, _beams)
     rows: list[Row] = []
     # Where nobody's terminal sets the width, let no cell be cut.
     console = Console(stderr=as_json, width=None if sys.stdout.isatty() else 120)
@@ -314,3 +314,30 @@ def _generation(repeats: int, quick: bool) -> Iterator[Row]:
         )
         case = f"per token, {new} after a prompt of {length}"
         yield Row("decode", case, "recompute everything", naive / new, ours / new)
+
+
+def _beams(repeats: int, quick: bool) -> Iterator[Row]:
+    """Four beams, prefill left out: nothing moves, what is not shared moves, everything moves."""
+    from lucid_jax.decode import beam
+    from lucid_jax.models.config import ModelConfig
+    from lucid_jax.models.transformer import Transformer
+
+    config = ModelConfig(vocab_size=2048, num_hidden_layers=4, num_key_value_heads=2)
+    model = Transformer(config, rngs=nnx.Rngs(0))
+    width = 4
+    for length, new in ((32, 8),) if quick else ((2000, 64), (16, 400)):
+        prompt = [[1 + i % 2000 for i in range(length)]]
+        rules = beam.as_rules(new, 1.0, False, 1.0, (), config.vocab_size)
+        runs = []
+        for history in ("gather", "tree", "reorder"):
+            start = beam.prefilled(model, prompt, rules, width, None, 512, history)
+
+            def run(start: tuple) -> Any:
+                graph, params, state, *rest = start
+                return beam.search_from(graph, params, jax.tree.map(jnp.copy, state), *rest).step
+
+            runs.append(partial(run, start))
+        naive, *ours = _medians(1 if quick else 3, *runs, burst=1)
+        for history, milliseconds in zip(("tree", "reorder"), ours, strict=True):
+            case = f"{history}, per token, {width} beams, {new} after a prompt of {length}"
+            yield Row("beam search", case, "gather whole cache", naive / new, milliseconds / new)

@@ -1,4 +1,4 @@
-"""Pictures of a cache: `plot_occupancy` shows which slot holds which token.
+"""Pictures: `plot_occupancy` shows which slot holds which token, `plot_beam_tree` a beam search.
 
 matplotlib is an optional extra and is imported when a picture is asked for. Figures are made without
 pyplot: nothing is shown, kept or configured globally.
@@ -15,6 +15,7 @@ import numpy as np
 from lucid_jax.cache.layer import Layer
 from lucid_jax.cache.ring import Ring
 from lucid_jax.cache.state import CacheState
+from lucid_jax.decode.beam import BeamResult
 from lucid_jax.report import check_concrete
 from lucid_jax.tables import short_name
 
@@ -95,18 +96,10 @@ def _of_row(positions: jax.Array, row: int) -> np.ndarray:
 
 
 def _draw(bands: list[_Band]) -> Figure:
-    try:
-        from matplotlib import colormaps
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "plot_occupancy draws with matplotlib, which could not be imported; "
-            "install it with: pip install 'lucid-jax[plots]'",
-            name=error.name,
-        ) from error
-
     heights = [band.height for band in bands]
-    figure = Figure(figsize=(9, 0.8 + 0.7 * sum(heights) + 0.3 * len(bands)), layout="constrained")
+    figure = _figure("plot_occupancy", 9, 0.8 + 0.7 * sum(heights) + 0.3 * len(bands))
+    from matplotlib import colormaps
+
     grid: Any = figure.subplots(
         len(bands), 1, squeeze=False, gridspec_kw={"height_ratios": heights}
     )
@@ -131,3 +124,76 @@ def _draw(bands: list[_Band]) -> Figure:
     grid[-1, 0].set_xlabel("slot")
     figure.colorbar(image, ax=list(grid[:, 0]), label="position")
     return figure
+
+
+def plot_beam_tree(result: BeamResult, tokenizer: Any = None, row: int = 0) -> Figure:
+    """How the beams of one prompt grew: a line per live beam, which branches where another died.
+
+    Steps from left to right, and at each the token that a beam took. Returned hypotheses are coloured,
+    the best one first in the legend with its score; each ends in a square, a little above its beam.
+
+    Args:
+        result: what `beam_search` returned.
+        tokenizer: has `decode([id])`; without one, ids are shown.
+        row: the prompt to show.
+
+    Returns:
+        A `matplotlib.figure.Figure`.
+
+    Raises:
+        ModuleNotFoundError: without matplotlib.
+        ValueError: for a row out of range.
+    """
+    batch, returned = result.lengths.shape
+    if not 0 <= row < batch:
+        raise ValueError(f"row must be in [0, {batch}), got {row}")
+    steps, width = int(result.lengths[row].max()), result.tokens.shape[2]
+    figure = _figure("plot_beam_tree", 1.5 + 0.6 * steps, 1.2 + 0.6 * width)
+    axes = figure.subplots()
+
+    def label(step: int, beam: float, token: int) -> None:
+        text = str(token) if tokenizer is None else repr(tokenizer.decode([token]))[1:-1]
+        axes.text(step, beam + 0.12, text, fontsize=7, ha="center")
+
+    tokens, parents, sums = (x[:, row] for x in (result.tokens, result.parents, result.sums))
+    # The last step of the longest hypothesis only finishes.
+    for step, beam in np.argwhere(np.isfinite(sums[: steps - 1])):
+        label(step, beam, tokens[step, beam])
+        before = parents[step, beam] if step else (width - 1) / 2
+        axes.plot([step - 1, step], [before, beam], color="lightgrey", marker=".", zorder=1)
+    for index in range(returned):
+        length, beam = int(result.lengths[row, index]), result.ends[row, index]
+        if not length:
+            continue
+        end = float(beam) + 0.3 if length > 1 else (width - 1) / 2 + 0.3 * (index + 1)
+        path = [end]
+        for step in range(length - 2, -1, -1):
+            path.insert(0, float(beam))
+            beam = parents[step, beam]
+        label(length - 1, end, int(result.sequences[row, index, length - 1]))
+        (line,) = axes.plot(
+            range(-1, length),
+            [(width - 1) / 2, *path],
+            linewidth=3 - 2 * index / returned,
+            zorder=returned + 1 - index,
+            label=f"{result.scores[row, index]:.3f}",
+        )
+        axes.plot(length - 1, end, "s", color=line.get_color())
+    axes.set_xticks(range(-1, steps), ["prompt", *range(1, steps + 1)])
+    axes.set_yticks(range(width))
+    axes.set(xlabel="new token", ylabel="beam")
+    axes.legend(title="score", loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def _figure(asked: str, width: float, height: float) -> Figure:
+    """An empty figure of so many inches for the function that was asked for."""
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"{asked} draws with matplotlib, which could not be imported; "
+            "install it with: pip install 'lucid-jax[plots]'",
+            name=error.name,
+        ) from error
+    return Figure(figsize=(width, height), layout="constrained")

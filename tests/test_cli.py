@@ -184,7 +184,7 @@ def test_bench_prints_json_for_machines(capsys):
     operations = {row["operation"] for row in report["rows"]}
     assert operations == {
         "append", "sliding append", "append + attend", "attend", "reorder", "crop", "eager update",
-        "decode",
+        "decode", "beam search",
     }  # fmt: skip
     assert all(row["ratio"] > 0 for row in report["rows"])
 
@@ -195,7 +195,8 @@ def test_bench_prints_a_table(capsys, monkeypatch):
 
     row = bench.Row("append", "1 token", "copying", 2.0, 0.5)
     monkeypatch.setattr(bench, "_append", lambda repeats, quick: [row])
-    for group in ("_slide", "_step", "_codecs", "_reorder", "_crop", "_eager", "_generation"):
+    others = ("_slide", "_step", "_codecs", "_reorder", "_crop", "_eager", "_generation", "_beams")
+    for group in others:
         monkeypatch.setattr(bench, group, lambda repeats, quick: [])
     bench.run_bench(quick=True)
     out = capsys.readouterr().out

@@ -1,5 +1,6 @@
-"""Decoding on a cache: sampling, and generation in one compiled loop."""
+"""Decoding on a cache: sampling, generation and beam search, each in one compiled loop."""
 
+from lucid_jax.decode.beam import BeamResult, beam_search
 from lucid_jax.decode.generation import (
     Generation,
     LanguageModel,
@@ -11,9 +12,11 @@ from lucid_jax.decode.generation import (
 from lucid_jax.decode.sampling import Sampling, sample
 
 __all__ = [
+    "BeamResult",
     "Generation",
     "LanguageModel",
     "Sampling",
+    "beam_search",
     "generate",
     "generate_uncached",
     "sample",

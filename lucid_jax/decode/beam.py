@@ -39,6 +39,7 @@ class BeamResult:
         tokens: int32 (S, B, W): the token each live beam took at each of S steps.
         parents: int32 (S, B, W): the beam of the step before that it went on from.
         sums: float32 (S, B, W): its sum of log-probabilities so far.
+        ends: int32 (B, R): the live beam whose past the last token of each hypothesis follows.
         history: how the past was kept, "tree", "reorder" or "gather".
     """
 
@@ -48,6 +49,7 @@ class BeamResult:
     tokens: np.ndarray
     parents: np.ndarray
     sums: np.ndarray
+    ends: np.ndarray
     history: str
 
     def rows(self) -> list[list[list[int]]]:
@@ -130,9 +132,9 @@ def beam_search(
         length_penalty: hypotheses are compared by log-probability / new tokens ** length_penalty:
             above 0 helps long ones, below 0 short ones.
         early_stopping: when a prompt is done, besides at N tokens. False: when W hypotheses have
-            finished and the best live beam, judged at its present length, beats none of them. True:
-            when W have finished. "never": as False, but with a positive penalty the beam is judged
-            at length N, which no continuation can beat.
+            finished and the best live beam, judged at its present length, does not beat the worst of
+            them. True: when W have finished. "never": as False, but with a positive penalty the beam
+            is judged as if it had length N, which no continuation can beat.
         repetition_penalty: multiplies the log-probability of tokens that occurred already, in the
             prompt too (see `Sampling`); 1 is off.
         stop_tokens: ids that finish a hypothesis.
@@ -170,24 +172,17 @@ def beam_search(
             f"num_return_sequences must be at most num_beams, got {returned} and {width}"
         )
     vocab = model.config.vocab_size
-    rules = _rules(new, length_penalty, early_stopping, repetition_penalty, stop_tokens, vocab)
-    tokens, lengths = pad_prompts(prompts, vocab)
-    state, history = _open(model, cache, *tokens.shape, new, width, history)
-    graph, params = nnx.split(model)
-    last, state = prefill(graph, params, state, tokens, lengths, prefill_chunk)
-    if history != "tree":
-        state = core.repeat_interleave(state, width)
-    sampling = Sampling(repetition_penalty=repetition_penalty)
-    seen = seen_tokens(tokens, lengths, model, sampling)
-    search = _search(graph, params, state, last, lengths, seen, rules, width, history)
+    rules = as_rules(new, length_penalty, early_stopping, repetition_penalty, stop_tokens, vocab)
+    start = prefilled(model, prompts, rules, width, cache, prefill_chunk, history)
+    search = search_from(*start)
     core.check_overflow(search.cache)
-    return _result(search, returned, history)
+    return _result(search, returned, start[-1])
 
 
 # --- the host's part -------------------------------------------------------------------------------
 
 
-def _rules(
+def as_rules(
     new: int,
     length_penalty: float,
     early_stopping: Any,
@@ -195,12 +190,13 @@ def _rules(
     stop_tokens: Sequence[int],
     vocab: int,
 ) -> _Rules:
+    """The options of `beam_search` that decide between hypotheses, checked."""
     if not (isinstance(early_stopping, bool) or early_stopping == "never"):
         raise ValueError(f"early_stopping must be False, True or 'never', got {early_stopping!r}")
     stops = sorted({check_count(token, "a stop token") for token in stop_tokens})
     if len(stops) >= vocab:
         raise ValueError(f"of {vocab} ids at least one must not be a stop token")
-    # In double precision and then rounded, as transformers does: scores agree to the last bit.
+    # In double precision and then rounded, as transformers does.
     length = np.maximum(np.arange(new + 1, dtype=np.float64), 1)
     with np.errstate(all="ignore"):
         divisor = (length**length_penalty).astype(np.float32)
@@ -210,12 +206,34 @@ def _rules(
         )
     hopeful = early_stopping == "never" and length_penalty > 0
     return _Rules(
-        stops=np.array(stops, np.int32),
-        divisor=divisor,
-        bound=np.full_like(divisor, divisor[new]) if hopeful else divisor,
-        early=np.bool_(early_stopping is True),
-        penalty=np.float32(repetition_penalty),
+        stops=jnp.array(stops, jnp.int32),
+        divisor=jnp.asarray(divisor),
+        bound=jnp.asarray(np.full_like(divisor, divisor[new]) if hopeful else divisor),
+        early=jnp.asarray(early_stopping is True),
+        penalty=jnp.float32(repetition_penalty),
     )
+
+
+def prefilled(
+    model: Any,
+    prompts: Any,
+    rules: _Rules,
+    width: int,
+    cache: Any,
+    prefill_chunk: int,
+    history: Any,
+) -> tuple:
+    """What `search_from` takes: the prompts fed once each, and the rest of its arguments."""
+    tokens, lengths = pad_prompts(prompts, model.config.vocab_size)
+    batch, longest = tokens.shape
+    new = len(rules.divisor) - 1
+    state, history = _open(model, cache, batch, longest, new, width, history)
+    graph, params = nnx.split(model)
+    last, state = prefill(graph, params, state, tokens, lengths, prefill_chunk)
+    if history != "tree":
+        state = core.repeat_interleave(state, width)
+    seen = seen_tokens(tokens, lengths, model, Sampling(repetition_penalty=float(rules.penalty)))
+    return graph, params, state, last, lengths, seen, rules, width, history
 
 
 def _open(
@@ -272,14 +290,14 @@ def _result(search: _Search, returned: int, history: History) -> BeamResult:
         sequences[..., step] = np.where(inside, tokens[step][row, beam], 0)
         sequences[..., step] = np.where(step == ends.length - 1, ends.token, sequences[..., step])
         beam = np.where(inside, parents[step][row, beam], beam)
-    return BeamResult(sequences, ends.length, ends.score, tokens, parents, sums, history)
+    return BeamResult(sequences, ends.length, ends.score, tokens, parents, sums, ends.beam, history)
 
 
 # --- the device's part -----------------------------------------------------------------------------
 
 
 @partial(jax.jit, static_argnums=(0, 7, 8), donate_argnums=2)
-def _search(
+def search_from(
     graph: Any,
     params: Any,
     cache: Any,
@@ -294,11 +312,12 @@ def _search(
     model = nnx.merge(graph, params)
     batch, new = len(prompt), len(rules.divisor) - 1
     shape = (batch, width)
+    path: jax.Array | None = None
     if history == "tree":
         slot = jnp.arange(cache.layers[0].capacity, dtype=jnp.int32)[None, None]
         path = jnp.broadcast_to(slot < prompt[:, None, None], (*shape, slot.size))
-    else:
-        path = jnp.zeros((*shape, width), jnp.int32) if history == "reorder" else None
+    elif history == "reorder":
+        path = jnp.zeros((*shape, width), jnp.int32)
     search = _Search(
         cache=cache,
         # All go on from one beam at first, or they would be W times the same.

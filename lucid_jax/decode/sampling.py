@@ -123,6 +123,6 @@ def filtered(logits: jax.Array, sampling: Sampling, seen: jax.Array | None = Non
     return logits
 
 
-def penalized(scores: jax.Array, seen: jax.Array, penalty: float) -> jax.Array:
+def penalized(scores: jax.Array, seen: jax.Array, penalty: float | jax.Array) -> jax.Array:
     """Logits or log-probabilities (..., V), those of tokens `seen` (bool alike) made less likely."""
     return jnp.where(seen, jnp.where(scores > 0, scores / penalty, scores * penalty), scores)
