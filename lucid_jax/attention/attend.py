@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from lucid_jax.attention.rope import rope
+from lucid_jax.attention.rope import Rope, as_rope, rope
 from lucid_jax.cache.checks import as_array, check_count, is_traced
 from lucid_jax.cache.inputs import (
     absolute_positions,
@@ -53,7 +53,7 @@ class _Options(NamedTuple):
     softcap: float | None
     window: int | None
     causal: bool
-    rope_theta: float | None
+    rope_theta: Rope | None
 
 
 def attend(
@@ -69,7 +69,7 @@ def attend(
     mask: ArrayLike | None = None,
     bias: ArrayLike | None = None,
     causal: bool = True,
-    rope_theta: float | None = None,
+    rope_theta: float | Rope | None = None,
     return_lse: bool = False,
 ) -> Any:
     """Attention of the newest T tokens' queries over what the layer stores; call it after `update`.
@@ -94,7 +94,7 @@ def attend(
         rope_theta: if given, keys and queries come unrotated and are rotated here by their place in
             the cache rather than their absolute position: places never exceed what the cache holds,
             so decoding stays sound past the length a model was trained for (StreamingLLM, Xiao et
-            al. 2023). The base of the rotary positions, see `rope`.
+            al. 2023). The base of the rotary positions, or a `Rope`; see `rope`.
         return_lse: return also the log-sum-exp of each query's scores, for `merge`.
 
     Returns:
@@ -166,7 +166,7 @@ def extend(
     window: int | None = None,
     mask: ArrayLike | None = None,
     bias: ArrayLike | None = None,
-    rope_theta: float | None = None,
+    rope_theta: float | Rope | None = None,
     return_lse: bool = False,
     donate: bool = False,
 ) -> tuple[Any, CacheState]:
@@ -501,7 +501,7 @@ def _as_options(
     softcap: float | None,
     window: int | None,
     causal: bool,
-    rope_theta: float | None,
+    rope_theta: float | Rope | None,
 ) -> _Options:
     if window is not None:
         window = min(check_count(window, "window", 1), 1 << 30)  # int32 arithmetic must not wrap
@@ -521,7 +521,7 @@ def _as_options(
         softcap=None if softcap is None else float(softcap),
         window=window,
         causal=causal,
-        rope_theta=None if rope_theta is None else float(rope_theta),
+        rope_theta=None if rope_theta is None else as_rope(rope_theta),
     )
 
 

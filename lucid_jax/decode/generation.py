@@ -56,6 +56,9 @@ class LanguageModel(Protocol):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Hidden states (B, T, E) to logits (B, T, V)."""
 
+    def cache_spec(self, max_length: int) -> LayerSpec | Sequence[LayerSpec]:
+        """What to keep of texts of up to `max_length` tokens; raises for a length it cannot read."""
+
     def init_cache(self, spec: Any, batch_size: int, *, ragged: bool = False) -> core.CacheState:
         """An empty cache for this model."""
 
@@ -116,7 +119,8 @@ def generate(
         prompts: token ids, one list per row, of any lengths; or an int array (B, T).
         max_new_tokens: the most tokens to add to a row.
         cache: spec of the cache, `Static(...)`, `Dynamic()` or `Sliding(...)`, or one per layer. By
-            default static with exactly the room needed.
+            default what `model.cache_spec` asks for: rings where the model has windows, elsewhere
+            static with exactly the room needed.
         sampling: how to choose tokens; greedy by default.
         seed: of the random choices. A row's draws depend on (seed, row, step) alone.
         stop_tokens: ids that end a row.
@@ -128,7 +132,7 @@ def generate(
 
     Raises:
         ValueError: for an empty prompt, an id outside the vocabulary, or a prompt that with
-            `max_new_tokens` does not fit the cache.
+            `max_new_tokens` does not fit the cache or the model.
     """
     last = _run(
         model,
@@ -293,6 +297,7 @@ def _run_uncached(
     check_count(tokens_per_call, "tokens_per_call", 1)
     sampling = Sampling() if sampling is None else sampling
     tokens, lengths = pad_prompts(prompts, model.config.vocab_size)
+    model.cache_spec(tokens.shape[1] + max_new_tokens - 1)  # refuses what the model cannot read
     graph, params = nnx.split(model)
     stops = tuple(stop_tokens)
     capacity = power_of_two(tokens.shape[1])
@@ -394,7 +399,11 @@ def open_cache(
         ValueError: if they do not fit the cache.
     """
     need = longest + max_new_tokens - 1 + spare
-    state = model.init_cache(Static(need) if cache is None else cache, batch_size, ragged=True)
+    # Asked for in any case: it refuses what the model cannot read.
+    own = model.cache_spec(need - spare)
+    if spare:  # a tree of drafts: only where the model has no windows
+        own = Static(need)
+    state = model.init_cache(own if cache is None else cache, batch_size, ragged=True)
     try:
         # What can grow grows as far as the prompt now, and later as tokens come.
         state = core.grow(state, longest)

@@ -1,33 +1,102 @@
-"""Models on disk in the Hugging Face layout: config.json, model.safetensors, tokenizer.json.
+"""Models on disk in the Hugging Face layout: config.json, *.safetensors, tokenizer.json.
 
-Linear kernels are (in, out) in flax and (out, in) on disk; everything else is stored as it is.
+Reading weights is weights.py's part, what config.json may say config.py's.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.resources
+import json
 import os
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
-import ml_dtypes  # noqa: F401  (teaches NumPy bfloat16, in which safetensors hands over weights)
-import numpy as np
-import safetensors
 import safetensors.numpy
 from flax import nnx
 from jax.typing import DTypeLike
 
-from lucid_jax.models.config import ModelConfig
-from lucid_jax.models.tokenizer import Tokenizer
+from lucid_jax.models.config import ModelConfig, one_or_several
 from lucid_jax.models.transformer import Transformer
+from lucid_jax.models.weights import (
+    WEIGHTS,
+    CheckpointError,
+    load_weights,
+    stored_name,
+    stored_tensors,
+)
 
-_CONFIG, _WEIGHTS, _TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
+if TYPE_CHECKING:
+    from lucid_jax.models.tokenizer import Tokenizer  # needs the text extra
+
+_CONFIG, _GENERATION, _TOKENIZER = "config.json", "generation_config.json", "tokenizer.json"
 
 
-class CheckpointError(ValueError):
-    """A model folder is incomplete, damaged, or holds another model than its config describes."""
+def load_pretrained(
+    directory: Path | str, dtype: DTypeLike = jnp.float32, *, rope_by_place: bool = False
+) -> tuple[Transformer, Tokenizer | None]:
+    """Reads a checkpoint folder as it comes from the Hugging Face hub.
+
+    Of the families in `families.FAMILIES`: Llama 2 and 3, Mistral, Qwen 2, 2.5 and 3, Gemma 2 and 3,
+    GPT-2. Weights are read one tensor at a time.
+
+    Args:
+      directory: holds config.json; model.safetensors, or model.safetensors.index.json and the files
+        it names; and, perhaps, tokenizer.json and generation_config.json, whose end tokens then
+        become the config's.
+      dtype: dtype of the parameters and of the computation, whatever the files store.
+      rope_by_place: see `Transformer`.
+
+    Returns:
+      The model, and its tokenizer, or None if the folder has no tokenizer.json.
+
+    Raises:
+      CheckpointError: if a file is missing, unreadable or cut short; if config.json describes a model
+        that is not supported; if the tensors are not, by name, shape and type, those that it asks
+        for; or if the tokenizer has more ids than the model.
+      ModuleNotFoundError: if there is a tokenizer.json, and the `text` extra is not installed.
+    """
+    folder = Path(directory)
+    config = _read_config(folder)
+    tokenizer = _read_tokenizer(folder, config) if (folder / _TOKENIZER).is_file() else None
+    # Abstract: the shapes to fill, without drawing random weights first.
+    param_dtype = jnp.dtype(dtype)
+    model = nnx.eval_shape(
+        lambda: Transformer(
+            config, param_dtype=param_dtype, rope_by_place=rope_by_place, rngs=nnx.Rngs(0)
+        )
+    )
+    load_weights(model, folder, param_dtype)
+    return model, tokenizer
+
+
+def load_model(
+    directory: Path | str | None = None,
+    dtype: DTypeLike = jnp.float32,
+    *,
+    rope_by_place: bool = False,
+) -> tuple[Transformer, Tokenizer]:
+    """`load_pretrained` for text: by default the small model that ships with the package.
+
+    Args:
+      directory: as for `load_pretrained`, tokenizer.json included.
+      dtype: as for `load_pretrained`.
+      rope_by_place: as for `load_pretrained`.
+
+    Returns:
+      The model and its tokenizer.
+
+    Raises:
+      CheckpointError: as for `load_pretrained`, and if there is no tokenizer.json.
+    """
+    folder = embedded_model_path() if directory is None else Path(directory)
+    _need(folder, _CONFIG)
+    _need(folder, _TOKENIZER)
+    model, tokenizer = load_pretrained(folder, dtype, rope_by_place=rope_by_place)
+    assert tokenizer is not None
+    return model, tokenizer
 
 
 def save_model(
@@ -52,114 +121,17 @@ def save_model(
             f"the tokenizer has {tokenizer.vocab_size} ids but the model only "
             f"{model.config.vocab_size} embeddings"
         )
-    tensors = {}
-    for name, variable, is_kernel in _named_parameters(model):
-        array = np.asarray(variable[...] if dtype is None else variable[...].astype(dtype))
-        tensors[name] = np.ascontiguousarray(array.T if is_kernel else array)
+    tensors = {
+        stored_name(name, model.config.family): tensor.join(dtype)
+        for name, tensor in stored_tensors(model).items()
+    }
     stored = next(iter(tensors.values())).dtype.name
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     weights = safetensors.numpy.save(tensors, metadata={"format": "pt"})
-    write_atomically(folder / _WEIGHTS, weights)
+    write_atomically(folder / WEIGHTS, weights)
     write_atomically(folder / _TOKENIZER, tokenizer.to_json().encode())
     write_atomically(folder / _CONFIG, model.config.to_json(stored).encode())
-
-
-def load_model(
-    directory: Path | str | None = None,
-    dtype: DTypeLike = jnp.float32,
-    *,
-    rope_by_place: bool = False,
-) -> tuple[Transformer, Tokenizer]:
-    """Reads a model folder.
-
-    Args:
-      directory: holds config.json, model.safetensors and tokenizer.json; by default the small
-        trained model that ships with the package.
-      dtype: dtype of the parameters and of the computation, whatever the file stores.
-      rope_by_place: see `Transformer`.
-
-    Returns:
-      The model and its tokenizer.
-
-    Raises:
-      CheckpointError: if a file is missing, unreadable or cut short, or the tensors are not, by
-        name and shape, those that config.json asks for.
-    """
-    folder = embedded_model_path() if directory is None else Path(directory)
-    for name in (_CONFIG, _WEIGHTS, _TOKENIZER):
-        if not (folder / name).is_file():
-            raise CheckpointError(
-                f"{folder} has no {name}; a model folder holds {_CONFIG}, {_WEIGHTS} and "
-                f"{_TOKENIZER}: write one with save_model, or copy the missing file"
-            )
-    try:
-        config = ModelConfig.from_json((folder / _CONFIG).read_text("utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{folder / _CONFIG}: {error}") from error
-    try:
-        tokenizer = Tokenizer.load(folder / _TOKENIZER)
-    except ValueError as error:
-        raise CheckpointError(f"{folder / _TOKENIZER}: {error}") from error
-    if tokenizer.vocab_size > config.vocab_size:
-        raise CheckpointError(
-            f"{folder / _TOKENIZER} has {tokenizer.vocab_size} ids but {_CONFIG} says vocab_size="
-            f"{config.vocab_size}; the files belong to different models"
-        )
-    # Abstract: the shapes to fill, without drawing random weights first.
-    param_dtype = jnp.dtype(dtype)
-    model = nnx.eval_shape(
-        lambda: Transformer(
-            config, param_dtype=param_dtype, rope_by_place=rope_by_place, rngs=nnx.Rngs(0)
-        )
-    )
-    _fill(model, _read_tensors(folder / _WEIGHTS), folder / _WEIGHTS, param_dtype)
-    return model, tokenizer
-
-
-def _read_tensors(path: Path) -> dict[str, np.ndarray]:
-    try:
-        return safetensors.numpy.load_file(path)
-    except safetensors.SafetensorError as error:
-        raise CheckpointError(
-            f"{path} is not a complete safetensors file ({error}); it may be cut short or of "
-            "another format: fetch or save it again"
-        ) from error
-    except KeyError as error:
-        raise CheckpointError(
-            f"{path} stores tensors as {error}, which NumPy has no type for; convert them to "
-            "bfloat16 first"
-        ) from error
-
-
-def _fill(model: Transformer, tensors: dict[str, np.ndarray], path: Path, dtype: DTypeLike) -> None:
-    """Gives an abstract model its weights; names and shapes must be the config's, exactly."""
-    missing = []
-    for name, variable, is_kernel in _named_parameters(model):
-        array = tensors.pop(name, None)
-        if array is None:
-            missing.append(name)
-            continue
-        shape = tuple(variable.shape[::-1] if is_kernel else variable.shape)
-        if array.shape != shape:
-            raise CheckpointError(
-                f"{path}: {name!r} should have shape {shape} by {_CONFIG}, got {array.shape}; "
-                "the files belong to different models"
-            )
-        if not jnp.issubdtype(array.dtype, jnp.floating):
-            raise CheckpointError(
-                f"{path}: {name!r} should be floating point, got {array.dtype}; quantized "
-                "checkpoints are not supported: convert it to bfloat16 first"
-            )
-        variable.set_value(jnp.asarray(array.T if is_kernel else array, dtype))
-    # Some writers also store what can be derived: a tied head, the frequencies of RoPE.
-    extra = [n for n in tensors if n != "lm_head.weight" and not n.endswith(".inv_freq")]
-    if missing or extra:
-        raise CheckpointError(
-            f"{path} does not hold the tensors {_CONFIG} asks for: {len(missing)} are missing "
-            f"{missing[:3]}, {len(extra)} are not known {extra[:3]}; the files belong to different "
-            "models, or to another architecture"
-        )
 
 
 def embedded_model_path() -> Path:
@@ -186,12 +158,48 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise
 
 
-def _named_parameters(model: Transformer) -> Iterator[tuple[str, nnx.Param, bool]]:
-    """Yields (Hugging Face name, parameter, whether it is a transposed kernel)."""
-    leaf_names = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
-    for path, variable in nnx.iter_graph(model):
-        if not isinstance(variable, nnx.Param):
-            continue
-        *modules, leaf = (str(part) for part in path)
-        prefix = "" if modules[0] == "lm_head" else "model."
-        yield f"{prefix}{'.'.join(modules)}.{leaf_names[leaf]}", variable, leaf == "kernel"
+def _need(folder: Path, name: str) -> None:
+    if not (folder / name).is_file():
+        raise CheckpointError(
+            f"{folder} has no {name}; a model folder holds {_CONFIG}, {WEIGHTS} (or its parts) and "
+            f"{_TOKENIZER}: write one with save_model, or copy the missing file"
+        )
+
+
+def _read_config(folder: Path) -> ModelConfig:
+    """config.json, with the first and last tokens that generation_config.json names, if it does."""
+    _need(folder, _CONFIG)
+    try:
+        config = ModelConfig.from_json((folder / _CONFIG).read_text("utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{folder / _CONFIG}: {error}") from error
+    path = folder / _GENERATION
+    if not path.is_file():
+        return config
+    try:
+        generation = json.loads(path.read_text("utf-8"))
+        if not isinstance(generation, dict):
+            raise ValueError(f"expected an object, got {type(generation).__name__}")
+        found = {
+            name: one_or_several(generation[name])
+            for name in ("bos_token_id", "eos_token_id")
+            if generation.get(name) is not None
+        }
+        return dataclasses.replace(config, **found)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def _read_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer:
+    from lucid_jax.models.tokenizer import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.load(folder / _TOKENIZER)
+    except ValueError as error:
+        raise CheckpointError(f"{folder / _TOKENIZER}: {error}") from error
+    if tokenizer.vocab_size > config.vocab_size:
+        raise CheckpointError(
+            f"{folder / _TOKENIZER} has {tokenizer.vocab_size} ids but {_CONFIG} says vocab_size="
+            f"{config.vocab_size}; the files belong to different models"
+        )
+    return tokenizer

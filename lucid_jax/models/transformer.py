@@ -1,37 +1,48 @@
-"""A compact Llama: RMSNorm, rotary grouped-query attention, SwiGLU, optionally tied embeddings.
+"""A decoder-only transformer, driven by its configuration: Llama and its relatives, Gemma, GPT-2.
 
 Shapes: tokens int32 (B, T) in, logits float32 (B, T, V) out. Attribute names are those of Hugging
-Face's Llama, so that a checkpoint's tensor names are module paths.
+Face's Llama (and Gemma), so that a checkpoint's tensor names are module paths.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lucid_jax.cache.codec import PLAIN, Codec
+from lucid_jax.cache.contiguous import Static
 from lucid_jax.cache.layer import LayerSpec
+from lucid_jax.cache.ring import Sliding
 from lucid_jax.cache.state import CacheState, init_cache
-from lucid_jax.models.config import ModelConfig
+from lucid_jax.models.config import ACTIVATIONS, ModelConfig
 from lucid_jax.nn.cache import Cache
-from lucid_jax.nn.mha import MultiHeadAttention
+from lucid_jax.nn.mha import MultiHeadAttention, next_positions
+from lucid_jax.nn.norm import Norm
+
+_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": nnx.silu,
+    "gelu": functools.partial(nnx.gelu, approximate=False),
+    "gelu_tanh": functools.partial(nnx.gelu, approximate=True),
+}
 
 
 class MLP(nnx.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer, 2020)."""
+    """down(act(gate(x)) * up(x)) (Shazeer, 2020), or without a gate down(act(up(x)))."""
 
     def __init__(self, config: ModelConfig, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
-        """Builds the three projections."""
+        """Builds the projections."""
 
         def linear(inputs: int, outputs: int, std: float) -> nnx.Linear:
             return nnx.Linear(
                 inputs,
                 outputs,
-                use_bias=False,
+                use_bias=config.mlp_bias or config.family.biases,
                 dtype=dtype,
                 param_dtype=param_dtype,
                 kernel_init=nnx.initializers.normal(std),
@@ -39,21 +50,26 @@ class MLP(nnx.Module):
             )
 
         hidden, wide = config.hidden_size, config.intermediate_size
-        self.gate_proj = linear(hidden, wide, _INIT_STD)
+        self.gate_proj = linear(hidden, wide, _INIT_STD) if config.family.gated else None
         self.up_proj = linear(hidden, wide, _INIT_STD)
         self.down_proj = linear(wide, hidden, _residual_std(config))
+        self.activation = ACTIVATIONS[config.hidden_act]
 
     def __call__(self, hidden: jax.Array) -> jax.Array:
         """(B, T, hidden_size) to the same shape."""
-        return self.down_proj(nnx.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
+        activation = _ACTIVATIONS[self.activation]
+        if self.gate_proj is None:
+            return self.down_proj(activation(self.up_proj(hidden)))
+        return self.down_proj(activation(self.gate_proj(hidden)) * self.up_proj(hidden))
 
 
 class Block(nnx.Module):
-    """Pre-norm attention and MLP, each added to the residual stream."""
+    """Attention and MLP, each normalized before (Gemma: and after) and added to the residual stream."""
 
     def __init__(
         self,
         config: ModelConfig,
+        layer_idx: int,
         *,
         dtype: Any,
         param_dtype: Any,
@@ -61,21 +77,33 @@ class Block(nnx.Module):
         rope_by_place: bool = False,
     ):
         """Builds the block's norms, attention and MLP."""
+        family = config.family
         dtypes: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
-        self.input_layernorm = _norm(config, dtypes, rngs)
+        norm = functools.partial(_norm, config, param_dtype)
+        scalar = config.query_pre_attn_scalar
+        self.input_layernorm = norm()
         self.self_attn = MultiHeadAttention(
             config.hidden_size,
             config.num_attention_heads,
             config.kv_heads,
             config.dim_per_head,
-            rope_theta=config.rope_theta,
+            use_bias=config.attention_bias or family.biases or family.qkv_bias,
+            out_bias=config.attention_bias or family.biases,
+            qk_norm=norm if family.qk_norm else None,
+            rope_theta=config.rope(layer_idx),
             rope_by_place=rope_by_place,
+            scale=None if scalar is None else scalar**-0.5,
+            softcap=config.attn_logit_softcapping,
+            window=config.windows[layer_idx],
             kernel_init=nnx.initializers.normal(_INIT_STD),
             out_init=nnx.initializers.normal(_residual_std(config)),
             rngs=rngs,
             **dtypes,
         )
-        self.post_attention_layernorm = _norm(config, dtypes, rngs)
+        # Llama calls the norm before the MLP what Gemma calls the one after attention.
+        self.post_attention_layernorm = norm()
+        self.pre_feedforward_layernorm = norm() if family.sandwich else None
+        self.post_feedforward_layernorm = norm() if family.sandwich else None
         self.mlp = MLP(config, rngs=rngs, **dtypes)
 
     def __call__(
@@ -87,8 +115,12 @@ class Block(nnx.Module):
         )
         if isinstance(cache, CacheState):
             attended, cache = attended
-        hidden = hidden + attended
-        return hidden + self.mlp(self.post_attention_layernorm(hidden)), cache
+        if self.pre_feedforward_layernorm is None or self.post_feedforward_layernorm is None:
+            hidden = hidden + attended
+            return hidden + self.mlp(self.post_attention_layernorm(hidden)), cache
+        hidden = hidden + self.post_attention_layernorm(attended)
+        changed = self.mlp(self.pre_feedforward_layernorm(hidden))
+        return hidden + self.post_feedforward_layernorm(changed), cache
 
 
 class Transformer(nnx.Module):
@@ -125,20 +157,26 @@ class Transformer(nnx.Module):
         self.config = config
         self.dtype = jnp.dtype(dtype)
         self.rope_by_place = rope_by_place
-        self.embed_tokens = nnx.Embed(
-            config.vocab_size,
-            config.hidden_size,
+        embed = functools.partial(
+            nnx.Embed,
+            features=config.hidden_size,
             embedding_init=nnx.initializers.normal(_INIT_STD),
             rngs=rngs,
             **dtypes,
         )
+        self.embed_tokens = embed(num_embeddings=config.vocab_size)
+        self.embed_positions = (
+            embed(num_embeddings=config.max_position_embeddings)
+            if config.family.learned_positions
+            else None
+        )
         self.layers = nnx.List(
             [
-                Block(config, rngs=rngs, rope_by_place=rope_by_place, **dtypes)
-                for _ in range(config.num_hidden_layers)
+                Block(config, index, rngs=rngs, rope_by_place=rope_by_place, **dtypes)
+                for index in range(config.num_hidden_layers)
             ]
         )
-        self.norm = _norm(config, dtypes, rngs)
+        self.norm = _norm(config, param_dtype)
         self.lm_head = (
             None
             if config.tie_word_embeddings
@@ -198,16 +236,68 @@ class Transformer(nnx.Module):
         if not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise TypeError(f"tokens must be integers, got {tokens.dtype}")
         hidden = self.embed_tokens(tokens)
+        if self.config.family.scaled_embeddings:
+            # Gemma rounds the factor to the dtype it computes in.
+            hidden = hidden * jnp.asarray(math.sqrt(self.config.hidden_size), hidden.dtype)
+        known = None
+        if self.embed_positions is not None:
+            if positions is None:
+                positions = next_positions(cache, tokens.shape[1], lengths=lengths)
+            table = self.config.max_position_embeddings
+            rows = positions.reshape(-1, tokens.shape[1])
+            hidden = hidden + self.embed_positions(jnp.minimum(rows, table - 1))
+            known = rows < table
         for index, layer in enumerate(self.layers):
             hidden, cache = layer(
                 hidden, cache, index, lengths=lengths, positions=positions, mask=mask
             )
-        return self.norm(hidden), cache
+        hidden = self.norm(hidden)
+        if known is not None:  # past the last learned position nothing sound can come out
+            hidden = jnp.where(known[..., None], hidden, jnp.nan)
+        return hidden, cache
 
     @property
     def windows(self) -> tuple[int | None, ...]:
         """Per layer, how many positions back a token sees (itself included); None for all."""
-        return (None,) * self.config.num_hidden_layers
+        return self.config.windows
+
+    def cache_spec(self, max_length: int, codec: Codec = PLAIN, slack: int = 0) -> list[LayerSpec]:
+        """What each layer needs to keep of texts of up to `max_length` tokens, for `init_cache`.
+
+        A layer with a window shorter than the text gets a ring of that size, any other a static
+        cache.
+
+        Args:
+          max_length: tokens of the longest text.
+          codec: how they are stored.
+          slack: tokens that can be rolled back once a ring has wrapped; see `Sliding`.
+
+        Raises:
+          ValueError: if the model has no positions for a text so long.
+
+        Example:
+          >>> config = ModelConfig(
+          ...     512, 64, 64, 3, 4, model_type="gemma2", sliding_window=128, head_dim=16
+          ... )
+          >>> model = Transformer(config, rngs=nnx.Rngs(0))
+          >>> for spec in model.cache_spec(1000):
+          ...     print(spec)
+          Sliding(window=128, sinks=0, slack=0, codec=Identity())
+          Static(capacity=1000, codec=Identity(), track=False)
+          Sliding(window=128, sinks=0, slack=0, codec=Identity())
+        """
+        known = self.config.max_position_embeddings
+        if self.embed_positions is not None and max_length > known:
+            raise ValueError(
+                f"this model has learned {known} positions, and {max_length} tokens are asked for; "
+                "shorten the prompt or max_new_tokens"
+            )
+        return [
+            Static(max_length, codec)
+            if window is None or window >= max_length
+            else Sliding(window, slack=slack, codec=codec)
+            for window in self.windows
+        ]
 
     def init_cache(
         self, spec: LayerSpec | Sequence[LayerSpec], batch_size: int, *, ragged: bool = False
@@ -227,9 +317,12 @@ class Transformer(nnx.Module):
         """Hidden states (B, T, hidden_size) to logits, float32 (B, T, V)."""
         if self.lm_head is None:
             table = self.embed_tokens.embedding[...].astype(hidden.dtype)
-            return jnp.einsum("btc,vc->btv", hidden, table, preferred_element_type=jnp.float32)
-        kernel = self.lm_head.kernel[...].astype(hidden.dtype)
-        return jnp.einsum("btc,cv->btv", hidden, kernel, preferred_element_type=jnp.float32)
+            logits = jnp.einsum("btc,vc->btv", hidden, table, preferred_element_type=jnp.float32)
+        else:
+            kernel = self.lm_head.kernel[...].astype(hidden.dtype)
+            logits = jnp.einsum("btc,cv->btv", hidden, kernel, preferred_element_type=jnp.float32)
+        cap = self.config.final_logit_softcapping
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
 _INIT_STD = 0.02
@@ -240,5 +333,10 @@ def _residual_std(config: ModelConfig) -> float:
     return _INIT_STD / math.sqrt(2 * config.num_hidden_layers)
 
 
-def _norm(config: ModelConfig, dtypes: dict, rngs: nnx.Rngs) -> nnx.RMSNorm:
-    return nnx.RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, rngs=rngs, **dtypes)
+def _norm(config: ModelConfig, param_dtype: Any, width: int | None = None) -> Norm:
+    return Norm(
+        config.hidden_size if width is None else width,
+        kind=config.family.norm,
+        epsilon=config.rms_norm_eps,
+        param_dtype=param_dtype,
+    )

@@ -5,6 +5,7 @@ Shapes: hidden (B, T, hidden_size) outside; (B, N or H, T, D) inside, N query an
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from jax.typing import ArrayLike
 
 from lucid_jax.attention.attend import attend, extend
 from lucid_jax.attention.dense import dot_product
-from lucid_jax.attention.rope import rope
+from lucid_jax.attention.rope import Rope, rope
 from lucid_jax.cache import state as core
 from lucid_jax.nn.cache import Cache, EncoderDecoderCache, KVCache
 
@@ -29,7 +30,7 @@ class MultiHeadAttention(nnx.Module):
       num_heads: query heads N.
       num_kv_heads: key/value heads H; each serves N / H query heads.
       head_dim: width D of one head.
-      rope_theta: base of the rotary positions, or None for none.
+      rope_theta: base of the rotary positions or a `Rope`, or None for none.
       rope_by_place: whether rotary positions are places in the cache, not absolute positions.
 
     Example:
@@ -48,8 +49,10 @@ class MultiHeadAttention(nnx.Module):
         head_dim: int | None = None,
         *,
         use_bias: bool = False,
+        out_bias: bool | None = None,
+        qk_norm: Callable[[int], Callable[[jax.Array], jax.Array]] | None = None,
         kv_hidden_size: int | None = None,
-        rope_theta: float | None = None,
+        rope_theta: float | Rope | None = None,
         rope_by_place: bool = False,
         scale: float | None = None,
         softcap: float | None = None,
@@ -68,9 +71,12 @@ class MultiHeadAttention(nnx.Module):
           num_kv_heads: key/value heads; by default as many as query heads.
           head_dim: width of a head; by default `hidden_size // num_heads`.
           use_bias: whether the projections add a bias.
+          out_bias: whether the output projection does; by default `use_bias`.
+          qk_norm: makes, from `head_dim`, the module that normalizes each head's queries before they
+            are rotated, and another for keys; by default they stay as they are.
           kv_hidden_size: width of what keys and values are made from in cross-attention; by default
             `hidden_size`.
-          rope_theta: base of the rotary positions; None leaves queries and keys unrotated.
+          rope_theta: base of the rotary positions, or a `Rope`; None leaves queries and keys unrotated.
           rope_by_place: store keys unrotated and rotate them at attention by their place in the
             cache (StreamingLLM): with `Sliding`, positions then never exceed what was trained.
           scale: multiplies the scores; by default 1 / sqrt(head_dim).
@@ -119,21 +125,24 @@ class MultiHeadAttention(nnx.Module):
         kernel_init = nnx.initializers.lecun_normal() if kernel_init is None else kernel_init
         kv_hidden_size = hidden_size if kv_hidden_size is None else kv_hidden_size
 
-        def linear(inputs: int, outputs: int, init: nnx.Initializer) -> nnx.Linear:
+        def linear(inputs: int, outputs: int, init: nnx.Initializer, bias: bool) -> nnx.Linear:
             return nnx.Linear(
                 inputs,
                 outputs,
-                use_bias=use_bias,
+                use_bias=bias,
                 dtype=dtype,
                 param_dtype=param_dtype,
                 kernel_init=init,
                 rngs=rngs,
             )
 
-        self.q_proj = linear(hidden_size, num_heads * head_dim, kernel_init)
-        self.k_proj = linear(kv_hidden_size, num_kv_heads * head_dim, kernel_init)
-        self.v_proj = linear(kv_hidden_size, num_kv_heads * head_dim, kernel_init)
-        self.o_proj = linear(num_heads * head_dim, hidden_size, out_init or kernel_init)
+        self.q_proj = linear(hidden_size, num_heads * head_dim, kernel_init, use_bias)
+        self.k_proj = linear(kv_hidden_size, num_kv_heads * head_dim, kernel_init, use_bias)
+        self.v_proj = linear(kv_hidden_size, num_kv_heads * head_dim, kernel_init, use_bias)
+        out_bias = use_bias if out_bias is None else out_bias
+        self.o_proj = linear(num_heads * head_dim, hidden_size, out_init or kernel_init, out_bias)
+        self.q_norm = None if qk_norm is None else qk_norm(head_dim)
+        self.k_norm = None if qk_norm is None else qk_norm(head_dim)
 
     def __call__(
         self,
@@ -182,6 +191,7 @@ class MultiHeadAttention(nnx.Module):
             _check_holds_everything(cache, layer_idx)
         tokens = hidden.shape[1]
         query = self._split_heads(self.q_proj(hidden))
+        query = query if self.q_norm is None else self.q_norm(query)
         new: tuple[jax.Array, jax.Array] | None = None
         if not is_cross_attention:
             if encoder_hidden is not None:
@@ -195,7 +205,7 @@ class MultiHeadAttention(nnx.Module):
                     "drop one of them"
                 )
             if self.rope_theta is not None and positions is None and not by_place:
-                positions = _next_positions(cache, tokens, layer_idx, cache_position, lengths)
+                positions = next_positions(cache, tokens, layer_idx, cache_position, lengths)
             if not _reads_another(cache, layer_idx):
                 new = self._keys_values(hidden, positions)
             query = self._rotate(query, positions)
@@ -237,6 +247,7 @@ class MultiHeadAttention(nnx.Module):
         self, source: jax.Array, positions: jax.Array | None
     ) -> tuple[jax.Array, jax.Array]:
         key = self._split_heads(self.k_proj(source))
+        key = key if self.k_norm is None else self.k_norm(key)
         return self._rotate(key, positions), self._split_heads(self.v_proj(source))
 
     def _rotate(self, x: jax.Array, positions: jax.Array | None) -> jax.Array:
@@ -281,12 +292,12 @@ def _reads_another(cache: Cache | core.CacheState | None, layer_idx: int) -> boo
     return isinstance(cache, core.CacheState) and not cache.owns(layer_idx)
 
 
-def _next_positions(
+def next_positions(
     cache: Cache | core.CacheState | None,
     tokens: int,
-    layer_idx: int,
-    cache_position: ArrayLike | None,
-    lengths: ArrayLike | None,
+    layer_idx: int = 0,
+    cache_position: ArrayLike | None = None,
+    lengths: ArrayLike | None = None,
 ) -> jax.Array:
     """Absolute positions of the tokens about to be stored, int32 [T] or [B, T]."""
     if cache is None:
