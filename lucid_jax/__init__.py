@@ -35,7 +35,15 @@ from lucid_jax.cache.state import (
     update,
     valid,
 )
-from lucid_jax.decode import BeamResult, Generation, Sampling, beam_search, generate, stream
+from lucid_jax.decode import (
+    BeamResult,
+    Generation,
+    PromptCache,
+    Sampling,
+    beam_search,
+    generate,
+    stream,
+)
 from lucid_jax.files import CacheFileError, load, save
 from lucid_jax.planning import Plan, plan
 from lucid_jax.plots import plot_beam_tree, plot_occupancy
@@ -78,6 +86,7 @@ __all__ = [
     "LayerSpec",
     "MemoryReport",
     "Plan",
+    "PromptCache",
     "Sampling",
     "Shared",
     "Sliding",

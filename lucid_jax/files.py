@@ -7,12 +7,8 @@ empty state of that structure is made of. A file is data only: nothing in it is 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
-import reprlib
-import stat
-import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,18 +16,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
 
+from lucid_jax import sealed
 from lucid_jax.cache.checks import check_alive, is_traced
 from lucid_jax.cache.codec import KIVI, Float8, Identity, Int4, Int8
 from lucid_jax.cache.contiguous import Contiguous, Dynamic, Static
 from lucid_jax.cache.layer import Layer
 from lucid_jax.cache.ring import Sliding
 from lucid_jax.cache.state import CacheState, nbytes
+from lucid_jax.sealed import Mismatch, short
 
-FORMAT = "lucid_jax.cache"
-VERSION = "1"
+_KIND = sealed.Kind("lucid_jax.cache", "1", "lucid_jax cache file", written_by="lucid_jax.save")
 
 _LAYOUTS: dict[str, Any] = {"Static": Static, "Dynamic": Dynamic, "Sliding": Sliding}
 _CODECS: dict[str, Any] = {
@@ -41,32 +36,16 @@ _CODECS: dict[str, Any] = {
     "Int4": Int4,
     "KIVI": KIVI,
 }
-_STORED = {  # dtypes of leaves, as safetensors calls them
-    "bool": "BOOL",
-    "int8": "I8", "int16": "I16", "int32": "I32", "int64": "I64",
-    "uint8": "U8", "uint16": "U16", "uint32": "U32", "uint64": "U64",
-    "float16": "F16", "float32": "F32", "float64": "F64",
-}  # fmt: skip
-_TOKENS = {*_STORED, "bfloat16", "float8_e4m3fn", "float8_e5m2"} - {"bool"}
+_TOKENS = {*sealed.STORED, "bfloat16", "float8_e4m3fn", "float8_e5m2"} - {"bool"}
 _MAX_COUNT = 2**31 - 1
 _STATE_KEYS = {"reads", "owners", "batch_size", "ragged", "layers"}
 _LAYER_KEYS = {
     "spec", "num_kv_heads", "head_dim", "value_head_dim", "dtype", "slots", "tracked",
 }  # fmt: skip
-_REPR = reprlib.Repr()
-_REPR.maxstring = _REPR.maxother = 120
 
 
 class CacheFileError(ValueError):
     """A file holds no cache state that can be trusted, or a state is of no kind that files hold."""
-
-
-class _Mismatch(Exception):
-    """What was expected and what came, and the fix if it is special; the caller knows the file."""
-
-    def __init__(self, problem: str, fix: str | None = None) -> None:
-        super().__init__(problem)
-        self.fix = fix
 
 
 def save(path: str | os.PathLike[str], state: CacheState) -> None:
@@ -112,17 +91,10 @@ def save(path: str | os.PathLike[str], state: CacheState) -> None:
         # On CPU a view into the state's buffers: it must be gone before the caller donates them.
         host = jax.tree.map(lambda leaf: np.asarray(leaf, order="C"), state)
         _check_counters(host)
-    except _Mismatch as error:
+    except Mismatch as error:
         fix = error.fix or "save states as init_cache and the verbs make them; split one under vmap"
         raise CacheFileError(f"cannot save to {target}: {error}; {fix}") from None
-    tensors = _named(host)
-    metadata = {
-        "format": FORMAT,
-        "version": VERSION,
-        "config": config,
-        "sha256": _digest(config, tensors),
-    }
-    _write(target, tensors, metadata)
+    sealed.write(target, _KIND, config, _named(host))
 
 
 def load(path: str | os.PathLike[str]) -> CacheState:
@@ -148,7 +120,7 @@ def load(path: str | os.PathLike[str]) -> CacheState:
     source = Path(path)
     try:
         host = _read(source)
-    except _Mismatch as error:
+    except Mismatch as error:
         fix = error.fix or "the file is damaged or was edited: save it again"
         raise CacheFileError(f"cannot load {source}: {error}; {fix}") from None
     # A copy: JAX may alias a NumPy array, and could not write to it when it is donated.
@@ -158,96 +130,19 @@ def load(path: str | os.PathLike[str]) -> CacheState:
 # --- the file --------------------------------------------------------------------------------------
 
 
-def _write(target: Path, tensors: Mapping[str, np.ndarray], metadata: dict[str, str]) -> None:
-    temporary = target.with_name(f".lucid_jax-{uuid.uuid4().hex}.tmp")
-    try:
-        temporary.touch(exist_ok=False)  # raises what is wrong with the folder
-        mode = stat.S_IMODE(temporary.stat().st_mode)  # safetensors would make it private
-        try:
-            safetensors.numpy.save_file(tensors, temporary, metadata=metadata)
-        except safetensors.SafetensorError as error:
-            raise OSError(f"cannot write {temporary}, in place of {target}: {error}") from error
-        os.chmod(temporary, mode)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
 def _read(source: Path) -> CacheState:
     """The state a file holds, of NumPy arrays."""
-    found = source.stat()
-    if not stat.S_ISREG(found.st_mode):
-        raise _Mismatch("expected a file, got a folder or a device", "name the file")
-    try:
-        with safetensors.safe_open(source, framework="numpy") as file:
-            config, digest = _metadata(file)
-            empty = _empty_state(_parsed(config), found.st_size)
-            names = _named(empty)
-            _check_tensors(file, names)
-            tensors = {name: file.get_tensor(name) for name in names}
-    except safetensors.SafetensorError as error:
-        raise _Mismatch(
-            f"expected a complete safetensors file ({error})",
-            "it is cut short, damaged or of another format: save it again",
-        ) from None
-    if _digest(config, tensors) != digest:
-        raise _Mismatch(f"expected contents of checksum {_short(digest)}, got others")
+    empty: Any = None
+
+    def expected(config: str, size: int) -> dict[str, Any]:
+        nonlocal empty
+        empty = _empty_state(_parsed(config), size)
+        return _named(empty)
+
+    tensors = sealed.read(source, _KIND, expected)
     host = jax.tree.unflatten(jax.tree.structure(empty), list(tensors.values()))
     _check_counters(host)
     return host
-
-
-def _metadata(file: Any) -> tuple[str, str]:
-    """The description, still text, and the checksum."""
-    metadata = file.metadata() or {}
-    if metadata.get("format") != FORMAT:
-        raise _Mismatch(
-            f"not a lucid_jax cache file: expected format {FORMAT!r}, got "
-            f"{_short(metadata.get('format'))}",
-            "name a file that lucid_jax.save wrote",
-        )
-    version = metadata.get("version")
-    if version != VERSION:
-        raise _Mismatch(
-            f"expected format version {VERSION}, got {_short(version)}",
-            "a newer lucid_jax wrote it: update the package",
-        )
-    if set(metadata) != {"format", "version", "config", "sha256"}:
-        raise _Mismatch(
-            f"expected metadata format, version, config and sha256, got {_short(sorted(metadata))}"
-        )
-    return metadata["config"], metadata["sha256"]
-
-
-def _check_tensors(file: Any, expected: Mapping[str, Any]) -> None:
-    """Compares the file's own header with the leaves of an abstract state; reads no tensor."""
-    found = set(file.keys())
-    if found != set(expected):
-        raise _Mismatch(
-            f"its tensors are not those of its description: {len(set(expected) - found)} missing "
-            f"{_short(sorted(set(expected) - found))}, {len(found - set(expected))} unknown "
-            f"{_short(sorted(found - set(expected)))}"
-        )
-    for name, leaf in expected.items():
-        header = file.get_slice(name)
-        came = header.get_dtype(), tuple(header.get_shape())
-        if came != (_STORED[leaf.dtype.name], leaf.shape):
-            raise _Mismatch(
-                f"expected {name} to be {_STORED[leaf.dtype.name]} {leaf.shape} by its description, "
-                f"got {came[0]} {came[1]}"
-            )
-
-
-def _digest(config: str, tensors: Mapping[str, np.ndarray]) -> str:
-    """SHA-256 of the description and of all tensors, in the order of their names."""
-    digest = hashlib.sha256(config.encode())
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
 
 
 def _named(state: CacheState) -> dict[str, Any]:
@@ -287,8 +182,8 @@ def _described(value: Any, known: Mapping[str, Any]) -> dict[str, Any]:
     """A spec or a codec as its class name and its fields."""
     name = type(value).__name__
     if known.get(name) is not type(value):
-        raise _Mismatch(
-            f"expected one of {', '.join(known)}, got {_short(value)}",
+        raise Mismatch(
+            f"expected one of {', '.join(known)}, got {short(value)}",
             "files name classes of this package only; Orbax takes any pytree",
         )
     fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
@@ -301,7 +196,7 @@ def _parsed(config: str) -> Any:
     try:
         return json.loads(config)
     except (ValueError, RecursionError) as error:
-        raise _Mismatch(f"expected its description to be JSON ({error})") from None
+        raise Mismatch(f"expected its description to be JSON ({error})") from None
 
 
 def _empty_state(description: Any, room: int) -> CacheState:
@@ -323,13 +218,13 @@ def _empty_state(description: Any, room: int) -> CacheState:
     )
     for index, read in enumerate(reads):
         if read >= len(owners) or owners[read] > index:
-            raise _Mismatch(f"layer {index} reads no layer at or before it")
+            raise Mismatch(f"layer {index} reads no layer at or before it")
     # Each stored layer once, in order, by its owner, which reads itself.
     own = tuple(index for index, read in enumerate(reads) if owners[read] == index)
     if own != owners or [reads[index] for index in own] != list(range(len(layers))):
-        raise _Mismatch(
+        raise Mismatch(
             f"expected {len(layers)} layers, each owned by one that reads it, got owners "
-            f"{_short(list(owners))} and reads {_short(list(reads))}"
+            f"{short(list(owners))} and reads {short(list(reads))}"
         )
     return CacheState(layers, reads=reads, owners=owners)
 
@@ -343,17 +238,17 @@ def _empty_layer(description: Any, batch_size: int, ragged: bool, room: int) -> 
     )
     dtype, tracked = fields["dtype"], _bool(fields["tracked"], "tracked")
     if not isinstance(dtype, str) or dtype not in _TOKENS:
-        raise _Mismatch(
-            f"expected a token dtype among {', '.join(sorted(_TOKENS))}, got {_short(dtype)}"
+        raise Mismatch(
+            f"expected a token dtype among {', '.join(sorted(_TOKENS))}, got {short(dtype)}"
         )
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
-        raise _Mismatch(
+        raise Mismatch(
             f"its tokens are {dtype}, which JAX offers only with 64 bits enabled",
             'call jax.config.update("jax_enable_x64", True) first',
         )
     # No codec takes less than four bits a number.
     if batch_size * num_kv_heads * slots * max(head_dim, value_head_dim) > 2 * room:
-        raise _Mismatch(
+        raise Mismatch(
             f"its description asks for batch_size={batch_size}, num_kv_heads={num_kv_heads}, "
             f"slots={slots}, head_dim={head_dim}, value_head_dim={value_head_dim}, more than a file "
             f"of {room} bytes can hold"
@@ -373,11 +268,11 @@ def _empty_layer(description: Any, batch_size: int, ragged: bool, room: int) -> 
     try:
         layer = jax.eval_shape(build)
     except (ValueError, TypeError, OverflowError) as error:  # sizes that do not go together
-        raise _Mismatch(f"its description of {_short(spec)} is impossible: {error}") from None
+        raise Mismatch(f"its description of {short(spec)} is impossible: {error}") from None
     if layer.num_slots != slots:
-        raise _Mismatch(f"expected {layer.num_slots} slots for {_short(spec)}, got {slots}")
+        raise Mismatch(f"expected {layer.num_slots} slots for {short(spec)}, got {slots}")
     if tracked != (isinstance(layer, Contiguous) and layer.places is not None):
-        raise _Mismatch(f"tracked={tracked} does not go with {_short(spec)}")
+        raise Mismatch(f"tracked={tracked} does not go with {short(spec)}")
     return layer.replace(spec=spec, packing=dataclasses.replace(layer.packing, codec=spec.codec))
 
 
@@ -401,8 +296,8 @@ def _made(description: Any, known: Mapping[str, Any], what: str) -> Any:
     """A spec or codec from its class name and its fields."""
     name = description.get("class") if isinstance(description, dict) else None
     if not isinstance(name, str) or name not in known:
-        raise _Mismatch(
-            f"expected {what} to be one of {', '.join(known)}, got {_short(description)}",
+        raise Mismatch(
+            f"expected {what} to be one of {', '.join(known)}, got {short(description)}",
             "if a newer lucid_jax wrote it, update the package",
         )
     types = {field.name: field.type for field in dataclasses.fields(known[name])}
@@ -416,13 +311,13 @@ def _made(description: Any, known: Mapping[str, Any], what: str) -> Any:
     try:
         return known[name](**values)
     except ValueError as error:
-        raise _Mismatch(f"its description of {name} is impossible: {error}") from None
+        raise Mismatch(f"its description of {name} is impossible: {error}") from None
 
 
 def _fields(value: Any, keys: set[str], what: str) -> dict[str, Any]:
     if not isinstance(value, dict) or set(value) != keys:
-        raise _Mismatch(
-            f"expected {what} to be described by {sorted(keys)}, got {_short(value)}",
+        raise Mismatch(
+            f"expected {what} to be described by {sorted(keys)}, got {short(value)}",
             "if a newer lucid_jax wrote it, update the package",
         )
     return value
@@ -430,21 +325,21 @@ def _fields(value: Any, keys: set[str], what: str) -> dict[str, Any]:
 
 def _list(value: Any, what: str) -> list[Any]:
     if not isinstance(value, list) or not value:
-        raise _Mismatch(f"expected {what} to be a list, got {_short(value)}")
+        raise Mismatch(f"expected {what} to be a list, got {short(value)}")
     return value
 
 
 def _count(value: Any, what: str, least: int = 0) -> int:
     if type(value) is not int or not least <= value <= _MAX_COUNT:  # a bool is an int to isinstance
-        raise _Mismatch(
-            f"expected {what} to be an integer in [{least}, {_MAX_COUNT}], got {_short(value)}"
+        raise Mismatch(
+            f"expected {what} to be an integer in [{least}, {_MAX_COUNT}], got {short(value)}"
         )
     return value
 
 
 def _bool(value: Any, what: str) -> bool:
     if not isinstance(value, bool):
-        raise _Mismatch(f"expected {what} to be true or false, got {_short(value)}")
+        raise Mismatch(f"expected {what} to be true or false, got {short(value)}")
     return value
 
 
@@ -457,22 +352,22 @@ def _check_structure(empty: CacheState, state: CacheState) -> None:
     for name, leaf in expected.items():
         other = came.get(name)
         if not isinstance(other, (jax.Array, np.ndarray)):
-            raise _Mismatch(f"expected an array at {name}, got {_short(other)}")
+            raise Mismatch(f"expected an array at {name}, got {short(other)}")
         if (other.dtype, other.shape) != (leaf.dtype, leaf.shape):
-            raise _Mismatch(
+            raise Mismatch(
                 f"expected {name} to be {leaf.dtype} {leaf.shape}, as init_cache makes it, got "
                 f"{other.dtype} {other.shape}"
             )
     structure: Any = jax.tree.structure(empty)
     if structure != jax.tree.structure(state):
-        raise _Mismatch("expected the structure that init_cache makes; its parts were replaced")
+        raise Mismatch("expected the structure that init_cache makes; its parts were replaced")
 
 
 def _check_counters(state: CacheState) -> None:
     """Whether a state of NumPy arrays can have come about."""
     for name, leaf in _named(state).items():
         if leaf.dtype == np.bool_ and leaf.reshape(-1).view(np.uint8).max() > 1:
-            raise _Mismatch(f"expected {name} to hold 0 or 1")
+            raise Mismatch(f"expected {name} to hold 0 or 1")
     for index, layer in enumerate(state.layers):
         start, position, reach = _wide(layer.start, layer.position, layer.reach)
         ok = (start >= 0) & (start <= position) & (position <= reach)
@@ -484,19 +379,14 @@ def _check_counters(state: CacheState) -> None:
             past = ~live | ((place >= 0) & (place < position.reshape(-1, 1, 1)))
             ok &= np.all(past) & (floor >= 0) & (floor <= position)
         if not np.all(ok):
-            raise _Mismatch(
+            raise Mismatch(
                 f"layer {index} cannot be: expected 0 <= start <= position <= reach, a length of at "
                 f"most {layer.capacity} and places before position, got start "
-                f"{_short(start.tolist())}, position {_short(position.tolist())}, reach "
-                f"{_short(reach.tolist())}"
+                f"{short(start.tolist())}, position {short(position.tolist())}, reach "
+                f"{short(reach.tolist())}"
             )
 
 
 def _wide(*counters: Any) -> list[np.ndarray]:
     """Counters to calculate with: no difference overflows."""
     return [np.asarray(counter).astype(np.int64) for counter in counters]
-
-
-def _short(value: Any) -> str:
-    """A value from a file for a message, however large it is."""
-    return _REPR.repr(value)

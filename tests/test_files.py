@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lucid_jax as lj
-from lucid_jax import files
+from lucid_jax import files, sealed
 from lucid_jax.files import CacheFileError, load, save
 
 from .helpers import assert_same, make, queries, tokens
@@ -155,7 +155,7 @@ def test_buffers_stay_free_to_donate(tmp_path, monkeypatch):
 def test_sharded_states_are_gathered(tmp_path):
     program = """
 import sys, jax, numpy as np, lucid_jax as lj
-from lucid_jax import files
+from lucid_jax import files, sealed
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 state = lj.init_cache(lj.Static(4), num_layers=1, batch_size=4, num_kv_heads=1, head_dim=2)
 tokens = np.arange(16, dtype=np.float32).reshape(4, 1, 2, 2)
@@ -277,7 +277,7 @@ def resealed(content, *, config=None, text=None, tensors=None, seal=True, **meta
     header["config"] = header["config"] if text is None else text(header["config"])
     parts = parts if tensors is None else tensors(parts)
     if seal:
-        header["sha256"] = files._digest(header["config"], parts)
+        header["sha256"] = sealed.digest(header["config"], parts)
     changed = {**header, **metadata}
     return safetensors.numpy.save(parts, {k: v for k, v in changed.items() if v is not None})
 

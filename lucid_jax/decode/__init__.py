@@ -9,12 +9,15 @@ from lucid_jax.decode.generation import (
     stream,
     stream_uncached,
 )
+from lucid_jax.decode.prompt_cache import Prefilled, PromptCache
 from lucid_jax.decode.sampling import Sampling, sample
 
 __all__ = [
     "BeamResult",
     "Generation",
     "LanguageModel",
+    "Prefilled",
+    "PromptCache",
     "Sampling",
     "beam_search",
     "generate",

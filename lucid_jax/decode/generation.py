@@ -24,6 +24,9 @@ from lucid_jax.cache.contiguous import Static
 from lucid_jax.cache.layer import LayerSpec
 from lucid_jax.decode.sampling import Sampling, sample
 
+if TYPE_CHECKING:
+    from lucid_jax.decode.prompt_cache import PromptCache
+
 MIN_CHUNK = 16
 
 
@@ -111,6 +114,7 @@ def generate(
     seed: int = 0,
     stop_tokens: Sequence[int] = (),
     prefill_chunk: int = 512,
+    prompt_cache: PromptCache | None = None,
 ) -> Generation:
     """Continues each prompt until a stop token or `max_new_tokens`.
 
@@ -126,13 +130,15 @@ def generate(
         stop_tokens: ids that end a row.
         prefill_chunk: the most prompt tokens per call; shorter chunks are padded to a power of two,
             so that few shapes are compiled.
+        prompt_cache: takes the place of `cache` and `prefill_chunk`: prompts are prefilled into a
+            cache of its spec, and what earlier ones left there is not computed again.
 
     Returns:
         The new tokens, how many each row has, and the cache.
 
     Raises:
-        ValueError: for an empty prompt, an id outside the vocabulary, or a prompt that with
-            `max_new_tokens` does not fit the cache or the model.
+        ValueError: for an empty prompt, an id outside the vocabulary, a prompt that with
+            `max_new_tokens` does not fit the cache or the model, or a prompt cache of another model.
     """
     last = _run(
         model,
@@ -143,6 +149,7 @@ def generate(
         seed=seed,
         stop_tokens=stop_tokens,
         prefill_chunk=prefill_chunk,
+        prompt_cache=prompt_cache,
         tokens_per_call=max_new_tokens,
     )
     loop = deque(last, maxlen=1).pop()
@@ -160,6 +167,7 @@ def stream(
     seed: int = 0,
     stop_tokens: Sequence[int] = (),
     prefill_chunk: int = 512,
+    prompt_cache: PromptCache | None = None,
 ) -> Iterator[list[list[int]]]:
     """`generate` for people: yields each row's new tokens as they come, a few per device call.
 
@@ -173,6 +181,7 @@ def stream(
         seed: as for `generate`.
         stop_tokens: as for `generate`.
         prefill_chunk: as for `generate`.
+        prompt_cache: as for `generate`.
 
     Yields:
         One list per row with the tokens new since the last time; the first has one token each.
@@ -187,6 +196,7 @@ def stream(
         seed=seed,
         stop_tokens=stop_tokens,
         prefill_chunk=prefill_chunk,
+        prompt_cache=prompt_cache,
         tokens_per_call=tokens_per_call,
     )
     yield from _news(runs)
@@ -253,6 +263,7 @@ def _run(
     seed: int,
     stop_tokens: Sequence[int],
     prefill_chunk: int,
+    prompt_cache: PromptCache | None,
     tokens_per_call: int,
 ) -> Iterator[_Loop]:
     """Yields the loop's state after prefill (one token chosen) and after each device call."""
@@ -260,9 +271,18 @@ def _run(
     check_count(prefill_chunk, "prefill_chunk", 1)
     sampling = Sampling() if sampling is None else sampling
     tokens, lengths = pad_prompts(prompts, model.config.vocab_size)
-    state = open_cache(model, cache, len(tokens), tokens.shape[1], max_new_tokens)
     graph, params = nnx.split(model)
-    last, state = prefill(graph, params, state, tokens, lengths, prefill_chunk)
+    if prompt_cache is None:
+        state = open_cache(model, cache, len(tokens), tokens.shape[1], max_new_tokens)
+        last, state = prefill(graph, params, state, tokens, lengths, prefill_chunk)
+    else:
+        if cache is not None:
+            raise ValueError(
+                f"a prompt cache brings its own spec, {prompt_cache.spec}; leave out cache="
+            )
+        prompt_cache.check_model(model)
+        start = prompt_cache.prefill(prompts, max_new_tokens=max_new_tokens)
+        last, state = start.hidden, start.cache
     loop = _start(
         graph, params, state, last, seen_tokens(tokens, lengths, model, sampling),
         jax.random.key(seed), _out_size(max_new_tokens), sampling, tuple(stop_tokens),

@@ -8,8 +8,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.resources
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +25,7 @@ from lucid_jax.models.weights import (
     stored_name,
     stored_tensors,
 )
+from lucid_jax.sealed import replacing
 
 if TYPE_CHECKING:
     from lucid_jax.models.tokenizer import Tokenizer  # needs the text extra
@@ -145,17 +144,8 @@ def embedded_model_path() -> Path:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Replaces a file in one step: readers see the old content or the new, never a part."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp's 0o600 would make an installed model private
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def _need(folder: Path, name: str) -> None:
