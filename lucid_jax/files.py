@@ -85,7 +85,7 @@ def save(path: str | os.PathLike[str], state: CacheState) -> None:
     check_alive(state)
     target = Path(path)
     try:
-        config = json.dumps(_describe(state), default=lambda number: number.item())  # NumPy's
+        config = json.dumps(describe(state), default=lambda number: number.item())  # NumPy's
         # A file that could not be read is never written.
         _check_structure(_empty_state(_parsed(config), nbytes(state)), state)
         # On CPU a view into the state's buffers: it must be gone before the caller donates them.
@@ -156,7 +156,7 @@ def _named(state: CacheState) -> dict[str, Any]:
 # --- what a state is made of -----------------------------------------------------------------------
 
 
-def _describe(state: CacheState) -> dict[str, Any]:
+def describe(state: CacheState) -> dict[str, Any]:
     """What `_empty_state` makes an empty state of the same structure from."""
     return {
         "reads": list(state.reads),
@@ -203,7 +203,7 @@ def _empty_state(description: Any, room: int) -> CacheState:
     """An abstract state of the structure described, which is checked but not trusted.
 
     Args:
-        description: what `_describe` made, or anything else.
+        description: what `describe` made, or anything else.
         room: bytes there are; a description of more is refused before anything is made of it.
     """
     fields = _fields(description, _STATE_KEYS, "the state")

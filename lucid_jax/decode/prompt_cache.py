@@ -7,27 +7,28 @@ to the cache, on the host. (After RadixAttention, Zheng et al. 2024, and vLLM's 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
+import os
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import takewhile
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx, struct
+from flax import nnx
 from jax.typing import ArrayLike
 
 from lucid_jax.cache import state as core
 from lucid_jax.cache.checks import check_count
 from lucid_jax.cache.layer import LayerSpec
 from lucid_jax.cache.rows import insert
-from lucid_jax.cache.segments import Segment, cut, join
-from lucid_jax.decode.generation import _prefill, open_cache, pad_prompts, prefill_chunks
-
-ROOT = ""  # the name of what comes before every prompt
+from lucid_jax.cache.segments import cut, join
+from lucid_jax.decode import prompt_files
+from lucid_jax.decode.generation import open_cache, pad_prompts, prefill
+from lucid_jax.decode.prompt_chunks import ROOT, Content, name_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,15 +66,6 @@ class Stats:
     evicted: int = 0
 
 
-@struct.dataclass
-class Content:
-    """A chunk of tokens of some prompt, and what they added to its cache; NumPy arrays."""
-
-    tokens: np.ndarray  # int32 [chunk]
-    hidden: np.ndarray  # (1, E), of the last of them
-    segments: tuple[Segment, ...]  # of each layer, B = 1
-
-
 @dataclasses.dataclass(frozen=True)
 class _Node:
     """A node of the trie."""
@@ -97,7 +89,7 @@ class PromptCache:
     Not for several threads at once.
 
     Example:
-        >>> from flax import nnx, struct
+        >>> from flax import nnx
         >>> import lucid_jax as lj
         >>> from lucid_jax.models import ModelConfig, Transformer
         >>> config = ModelConfig(vocab_size=64, hidden_size=32, num_attention_heads=2)
@@ -139,6 +131,7 @@ class PromptCache:
         self.spec = spec
         self._model = model
         self._graph, self._params = nnx.split(model)
+        self._weights = jax.tree.leaves(self._params)  # as they are now: the model may get others
         self._stats = Stats()
         self._nbytes = 0
         # The trie, by name, the least recently used first. A node is used whenever one behind it is,
@@ -212,6 +205,50 @@ class PromptCache:
             found.append(reused)
         return Prefilled(state, jnp.concatenate(lasts), tuple(found))
 
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Writes all chunks to a folder, which is made if missing; those there already stay.
+
+        A save that fails leaves what was saved before.
+
+        Raises:
+            CacheFileError: if files cannot hold caches of this spec.
+            OSError: if a file cannot be written.
+        """
+        nodes = [(name, node.before, node.content) for name, node in self._nodes.items()]
+        prompt_files.write(Path(folder), self._model, self.spec, self.chunk, nodes)
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | os.PathLike[str],
+        model: Any,
+        spec: LayerSpec | Sequence[LayerSpec],
+        *,
+        max_bytes: int,
+    ) -> PromptCache:
+        """Reads what `save` wrote; where `max_bytes` are less, what was used latest.
+
+        Args:
+            folder: what `save` was given.
+            model: the model it was saved for. Its configuration and some numbers of each weight are
+                compared.
+            spec: the spec it was saved with.
+            max_bytes: as for a new one.
+
+        Raises:
+            CacheFileError: if it is of another model or spec, or damaged.
+            FileNotFoundError: if there is none.
+        """
+        chunk, nodes = prompt_files.read(Path(folder), model, spec)
+        loaded = cls(model, spec, max_bytes=max_bytes, chunk=chunk)
+        for name, before, content in nodes:
+            if loaded._nbytes + _nbytes(content) > loaded.max_bytes:
+                break
+            loaded._nodes[name] = _Node(before, content)
+            loaded._nodes.move_to_end(name, last=False)
+            loaded._nbytes += _nbytes(content)
+        return loaded
+
     def check_model(self, model: Any) -> None:
         """Raises unless a model has the very weights that this prompt cache was made for.
 
@@ -219,7 +256,7 @@ class PromptCache:
             ValueError: if it is another model, or its weights were replaced.
         """
         graph, params = nnx.split(model)
-        ours, theirs = jax.tree.leaves(self._params), jax.tree.leaves(params)
+        ours, theirs = self._weights, jax.tree.leaves(params)
         same = len(ours) == len(theirs) and all(a is b for a, b in zip(ours, theirs, strict=True))
         if not same or graph != self._graph:
             raise ValueError(
@@ -241,14 +278,14 @@ class PromptCache:
         hidden = jnp.asarray(found[-1].hidden) if found else None
 
         waiting: Any = None  # what to store, one chunk behind, so that the device need not wait
-        for start, size in prefill_chunks(len(tokens) - begin, self.chunk):
-            part = tokens[begin + start : begin + start + size]
+        for start in range(begin, len(tokens), self.chunk):
+            part = tokens[start : start + self.chunk]
             # By and by, so that a chunk's program does not depend on what comes after it.
-            state = core.grow(state, begin + start + len(part))
-            padded = np.zeros((1, size), np.int32)
-            padded[0, : len(part)] = part
-            counts = np.array([len(part)], np.int32)
-            hidden, state = _prefill(self._graph, self._params, state, padded, counts, None)
+            state = core.grow(state, start + len(part))
+            length = np.array([len(part)], np.int32)
+            hidden, state = prefill(
+                self._graph, self._params, state, part[None], length, self.chunk
+            )
             self._add(path, names, waiting)
             full = len(part) == self.chunk
             waiting = Content(part, hidden, cut(state, self.chunk)) if full else None
@@ -298,11 +335,6 @@ class PromptCache:
     def _count(self, **more: int) -> None:
         counts = {name: getattr(self._stats, name) + n for name, n in more.items()}
         self._stats = dataclasses.replace(self._stats, **counts)
-
-
-def name_of(before: str, tokens: np.ndarray) -> str:
-    """The name of a chunk of tokens after another, as of a chain of hashes: 64 hexadecimal digits."""
-    return hashlib.sha256(before.encode() + tokens.astype("<i4").tobytes()).hexdigest()
 
 
 def _nbytes(content: Content) -> int:

@@ -1,0 +1,244 @@
+"""The chunks of a `PromptCache` in a folder: a file of arrays for each, and an index of them.
+
+A chunk's file is written once and never changes; the index is replaced last, in one step, so that a
+save that fails leaves the old one, whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from lucid_jax import sealed
+from lucid_jax.cache.segments import cut
+from lucid_jax.decode.prompt_chunks import ROOT, Content, name_of
+from lucid_jax.files import CacheFileError, describe
+from lucid_jax.sealed import Mismatch, short
+
+_INDEX = "index.json"
+_FORMAT, _VERSION = "lucid_jax.prompts", 1
+_KIND = sealed.Kind(_FORMAT, "1", "file of a prompt cache", written_by="PromptCache.save")
+_SAMPLE = 64  # numbers of each weight that tell models apart
+
+
+def write(
+    folder: Path, model: Any, spec: Any, chunk: int, nodes: Sequence[tuple[str, str, Content]]
+) -> None:
+    """Writes chunks (name, name before, content), the least recently used first.
+
+    Raises:
+        CacheFileError: if files cannot hold caches of this spec.
+        OSError: if they cannot be written.
+    """
+    try:
+        about = _about(model, spec, chunk)
+    except Mismatch as error:
+        raise CacheFileError(f"cannot save to {folder}: {error}; {error.fix}") from None
+    folder.mkdir(parents=True, exist_ok=True)
+    before = _listed(folder)
+    for name, parent, content in nodes:
+        file = _file(about, name)
+        if not (folder / file).exists():
+            config = _config(about, name, parent)
+            sealed.write(folder / file, _KIND, config, _named(_bits(content)))
+    index = {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "about": about,
+        "chunks": [[name, parent] for name, parent, _ in nodes],
+    }
+    with sealed.replacing(folder / _INDEX) as temporary:
+        temporary.write_text(json.dumps(index, indent=1), "utf-8")
+    for file in before - {_file(about, name) for name, _, _ in nodes}:
+        (folder / file).unlink(missing_ok=True)
+
+
+def read(folder: Path, model: Any, spec: Any) -> tuple[int, Iterator[tuple[str, str, Content]]]:
+    """The size of the chunks in a folder, and the chunks, the most recently used first.
+
+    Raises:
+        CacheFileError: if they are of another model or cache, or damaged; also while iterating.
+        FileNotFoundError: if there is no index.
+    """
+    try:
+        index = _index(folder)
+        about = index["about"]
+        _check_about(about, _about(model, spec, about["chunk"]))
+    except Mismatch as error:
+        raise _refusal(folder, error) from None
+    return about["chunk"], _chunks(folder, about, index["chunks"], model, spec)
+
+
+def _chunks(
+    folder: Path, about: dict[str, Any], names: list[Any], model: Any, spec: Any
+) -> Iterator[tuple[str, str, Content]]:
+    like = _abstract(model, spec, about["chunk"])
+    known = {ROOT}
+    for name, parent in reversed(names):
+        source = folder / _file(about, name)
+        try:
+            if parent not in known or name in known:
+                raise Mismatch(f"expected chunk {short(name)} once, after the one it follows")
+            content = _content(source, _config(about, name, parent), like)
+            if name_of(parent, content.tokens) != name:
+                raise Mismatch(f"expected the tokens of chunk {short(name)}, got others")
+            if not 0 <= content.tokens.min() <= content.tokens.max() < model.config.vocab_size:
+                raise Mismatch(f"expected token ids below {model.config.vocab_size}")
+        except FileNotFoundError:
+            missing = Mismatch("expected the file of a chunk that the index names, got none")
+            raise _refusal(source, missing) from None
+        except Mismatch as error:
+            raise _refusal(source, error) from None
+        known.add(name)
+        yield name, parent, content
+
+
+def _content(source: Path, config: str, like: Content) -> Content:
+    stored = _named(_bits(like))
+
+    def expected(found: str, _: int) -> dict[str, Any]:
+        if found != config:
+            raise Mismatch(f"expected a chunk described as {short(config)}, got {short(found)}")
+        return stored
+
+    tensors = sealed.read(source, _KIND, expected)
+    content: Content = jax.tree.unflatten(jax.tree.structure(like), list(tensors.values()))
+    return content.replace(hidden=content.hidden.view(like.hidden.dtype))
+
+
+# --- what a folder is of ---------------------------------------------------------------------------
+
+
+def _about(model: Any, spec: Any, chunk: int) -> dict[str, Any]:
+    state = jax.eval_shape(lambda: model.init_cache(spec, 1, ragged=True))
+    cache = json.dumps(describe(state), default=lambda number: number.item())  # NumPy's
+    return {"model": _model_digest(model), "cache": json.loads(cache), "chunk": chunk}
+
+
+def _check_about(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    if found["model"] != expected["model"]:
+        raise Mismatch(
+            "it holds what another model computed, or the same one with other weights",
+            "load it with the model it was saved for, or prefill again",
+        )
+    if found["cache"] != expected["cache"]:
+        raise Mismatch(
+            f"expected chunks of the cache {expected['cache']}, got those of {short(found['cache'])}",
+            "load it with the spec it was saved with",
+        )
+
+
+def _model_digest(model: Any) -> str:
+    """Tells models apart: a hash of configuration, settings, and some numbers of each weight."""
+    digest = hashlib.sha256(repr(model.config).encode())
+    for path, module in nnx.iter_graph(model):
+        if isinstance(module, nnx.Module):
+            settings = sorted(
+                (name, value)
+                for name, value in vars(module).items()
+                if isinstance(value, (bool, int, float, str))
+            )
+            digest.update(repr((path, settings)).encode())
+    samples = jax.device_get(_sample(nnx.state(model, nnx.Param)))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(samples):
+        digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype}".encode())
+        digest.update(np.asarray(leaf, order="C").view(np.uint8).data)
+    return digest.hexdigest()
+
+
+@jax.jit
+def _sample(params: Any) -> Any:
+    """A few numbers of each weight, evenly spread."""
+    return jax.tree.map(lambda x: jnp.ravel(x)[:: max(1, x.size // _SAMPLE)], params)
+
+
+def _abstract(model: Any, spec: Any, chunk: int) -> Content:
+    """The shapes and dtypes of a chunk."""
+
+    def build() -> Content:
+        state = model.init_cache(spec, 1, ragged=True)
+        hidden = model.hidden(jnp.zeros((1, 1), jnp.int32))[0][:, 0]
+        return Content(jnp.zeros(chunk, jnp.int32), hidden, cut(state, chunk))
+
+    return jax.eval_shape(build)
+
+
+# --- files -----------------------------------------------------------------------------------------
+
+
+def _index(folder: Path) -> dict[str, Any]:
+    text = (folder / _INDEX).read_bytes()
+    try:
+        index = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise Mismatch(f"expected {_INDEX} to be JSON ({error})") from None
+    if not isinstance(index, dict) or index.get("format") != _FORMAT:
+        raise Mismatch(f"expected an index of format {_FORMAT!r}, got {short(index)}")
+    if index.get("version") != _VERSION:
+        raise Mismatch(
+            f"expected format version {_VERSION}, got {short(index.get('version'))}",
+            "a newer lucid_jax wrote it: update the package",
+        )
+    about, chunks = index.get("about"), index.get("chunks")
+    if (
+        not isinstance(about, dict)
+        or set(about) != {"model", "cache", "chunk"}
+        or type(about["chunk"]) is not int
+        or about["chunk"] < 1
+    ):
+        raise Mismatch(f"expected what the chunks are of, got {short(about)}")
+    if not isinstance(chunks, list) or not all(
+        isinstance(pair, list) and len(pair) == 2 and all(isinstance(name, str) for name in pair)
+        for pair in chunks
+    ):
+        raise Mismatch(f"expected a list of pairs of names, got {short(chunks)}")
+    return index
+
+
+def _listed(folder: Path) -> set[str]:
+    """The files of chunks that a folder's index names; none if it cannot be read."""
+    try:
+        index = _index(folder)
+    except (Mismatch, OSError):
+        return set()
+    return {_file(index["about"], name) for name, _ in index["chunks"]}
+
+
+def _file(about: dict[str, Any], name: str) -> str:
+    """A chunk's file: of the same tokens, another model or cache makes another chunk."""
+    text = json.dumps([about, name], sort_keys=True)
+    return f"{hashlib.sha256(text.encode()).hexdigest()[:40]}.safetensors"
+
+
+def _config(about: dict[str, Any], name: str, parent: str) -> str:
+    return json.dumps({"about": about, "name": name, "before": parent}, sort_keys=True)
+
+
+def _bits(content: Content) -> Content:
+    """The chunk with its hidden state as unsigned integers, which files hold whatever its dtype."""
+    hidden: Any = content.hidden
+    bits = np.dtype(f"uint{8 * hidden.dtype.itemsize}")
+    if isinstance(hidden, jax.ShapeDtypeStruct):
+        return content.replace(hidden=jax.ShapeDtypeStruct(hidden.shape, bits))
+    return content.replace(hidden=hidden.view(bits))
+
+
+def _named(content: Content) -> dict[str, Any]:
+    """Arrays by their path, such as "segments.0.key.codes", in the order of the tree."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(content)
+    }
+
+
+def _refusal(source: Path, error: Mismatch) -> CacheFileError:
+    fix = error.fix or "it is damaged or was edited: save it again"
+    return CacheFileError(f"cannot load {source}: {error}; {fix}")
