@@ -328,6 +328,30 @@ class Contiguous(Layer):
             start=self.position - count,
         )
 
+    def keep_path(self, n: jax.Array, path: jax.Array, count: jax.Array, ok: jax.Array) -> Self:
+        """Of the latest `n` tokens keeps those at offsets `path`, the first `count` of them.
+
+        n, count and ok are [B], path is [B, P]; where not `ok`, count is 0 and nothing changes.
+        """
+        first = self.slot_of((self.position - n)[..., None])
+        source = first + path
+        kept = slots.span(jnp.zeros_like(count), path.shape[1])
+        # Read before anything is written: a later node's slot may be an earlier one's target.
+        target = jnp.where(kept < count[:, None], first + kept, self.num_slots)
+
+        def move(leaf: jax.Array) -> jax.Array:
+            return slots.write_at(leaf, slots.take(leaf, source), target)
+
+        places = self.places
+        if places is not None:
+            position = (self.position - n)[:, None] + kept
+            shape = (*places.position.shape[:2], path.shape[1])
+            new = jnp.broadcast_to(position[:, None], shape)
+            places = places.replace(position=slots.write_at(places.position, new, target))
+        return self.replace(
+            key=jax.tree.map(move, self.key), value=jax.tree.map(move, self.value), places=places
+        ).advanced(count - n, ok, "keep_path of what is no path; nothing was dropped")
+
 
 def _along(counter: jax.Array, like: jax.Array) -> jax.Array:
     """A counter [] or [B], to combine with [...] or [B, ...]."""

@@ -1,6 +1,7 @@
-"""Decoding on a cache: sampling, generation and beam search, each in one compiled loop."""
+"""Decoding on a cache: sampling, generation, beam search and speculation, each in one compiled loop."""
 
 from lucid_jax.decode.beam import BeamResult, beam_search
+from lucid_jax.decode.drafts import NGram, Tree
 from lucid_jax.decode.generation import (
     Generation,
     LanguageModel,
@@ -11,18 +12,23 @@ from lucid_jax.decode.generation import (
 )
 from lucid_jax.decode.prompt_cache import Prefilled, PromptCache
 from lucid_jax.decode.sampling import Sampling, sample
+from lucid_jax.decode.speculative import Speculation, speculate
 
 __all__ = [
     "BeamResult",
     "Generation",
     "LanguageModel",
+    "NGram",
     "Prefilled",
     "PromptCache",
     "Sampling",
+    "Speculation",
+    "Tree",
     "beam_search",
     "generate",
     "generate_uncached",
     "sample",
+    "speculate",
     "stream",
     "stream_uncached",
 ]

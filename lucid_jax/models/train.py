@@ -1,5 +1,7 @@
 """Trains the embedded model: `python -m lucid_jax.models.train --out DIR --steps N`.
 
+With `--draft`, its draft for speculative decoding: a smaller model, trained alike, with its tokenizer.
+
 The run is a function of its options alone: data order follows from (seed, step), so a run that was
 stopped (SIGTERM, SIGINT, a crash) and resumed ends with the same weights as one that was not.
 `DIR/model` always holds the best model so far, ready to ship.
@@ -29,7 +31,12 @@ import safetensors.numpy
 from flax import nnx
 
 from lucid_jax.decode import Sampling, generate
-from lucid_jax.models.checkpoint import load_model, save_model, write_atomically
+from lucid_jax.models.checkpoint import (
+    embedded_model_path,
+    load_model,
+    save_model,
+    write_atomically,
+)
 from lucid_jax.models.config import ModelConfig
 from lucid_jax.models.corpus import Corpus, num_bytes, python_corpus
 from lucid_jax.models.evaluate import bits_per_byte, pack
@@ -176,6 +183,7 @@ def train(
     *,
     corpus: Corpus | None = None,
     config: ModelConfig | None = None,
+    tokenizer: Tokenizer | None = None,
     vocab_size: int = 2048,
     resume: bool = False,
     save_every: int = 250,
@@ -189,7 +197,8 @@ def train(
       recipe: how to train.
       corpus: what to train on; by default the running Python's documentation.
       config: the model's sizes, `vocab_size` included; by default those of the embedded model.
-      vocab_size: ids the tokenizer may have, if `config` is not given.
+      tokenizer: which to use; by default one is trained on the corpus.
+      vocab_size: ids the tokenizer may have, if neither it nor `config` is given.
       resume: go on from the state in `out`, if there is one.
       save_every: steps between saved states.
       stop_after: stop (as on SIGTERM) once this many steps are done.
@@ -210,8 +219,9 @@ def train(
         raise ValueError(f"{folder} already holds a run; resume it, or choose another folder")
 
     corpus = python_corpus() if corpus is None else corpus
-    vocab_size = config.vocab_size if config else vocab_size
-    tokenizer = Tokenizer.train([d.text for d in corpus.train], vocab_size)
+    if tokenizer is None:
+        vocab_size = config.vocab_size if config else vocab_size
+        tokenizer = Tokenizer.train([d.text for d in corpus.train], vocab_size)
     config = config or embedded_config(tokenizer.vocab_size, recipe.long_context)
     train_stream = pack(tokenizer, corpus.train)
     held_out_stream = pack(tokenizer, corpus.held_out)
@@ -289,6 +299,19 @@ def embedded_config(vocab_size: int, context: int) -> ModelConfig:
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
+        max_position_embeddings=context,
+    )
+
+
+def draft_config(vocab_size: int, context: int) -> ModelConfig:
+    """The sizes of the embedded model's draft: PARAMS parameters, a SHARE of its size."""
+    return ModelConfig(
+        vocab_size=vocab_size,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
         max_position_embeddings=context,
     )
 
@@ -462,13 +485,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, required=True, help="optimizer steps in all")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     parser.add_argument("--vocab-size", type=int, default=2048)
+    parser.add_argument("--draft", action="store_true", help="train the embedded model's draft")
     for recipe_field in dataclasses.fields(Recipe)[1:]:
         default = recipe_field.default
         option = f"--{recipe_field.name.replace('_', '-')}"
         parser.add_argument(option, type=type(default), default=default, help=f"default {default}")
     options = vars(parser.parse_args(arguments))
     out, resume, vocab = options.pop("out"), options.pop("resume"), options.pop("vocab_size")
-    train(out, Recipe(**options), vocab_size=vocab, resume=resume)
+    draft, recipe = options.pop("draft"), Recipe(**options)
+    if not draft:
+        train(out, recipe, vocab_size=vocab, resume=resume)
+        return
+    tokenizer = Tokenizer.load(embedded_model_path() / "tokenizer.json")
+    config = draft_config(tokenizer.vocab_size, recipe.long_context)
+    train(out, recipe, config=config, tokenizer=tokenizer, resume=resume)
 
 
 if __name__ == "__main__":
