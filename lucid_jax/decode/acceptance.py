@@ -83,8 +83,8 @@ def accept_tree(
         tree: how the nodes hang together.
 
     Returns:
-        Tokens (B, depth + 1), how many drafts were accepted, (B,), and the path of nodes, (B, depth + 1),
-        the root first.
+        Tokens (B, depth + 1), how many drafts were accepted, (B,), and the path of nodes,
+        (B, depth + 1), the root first.
     """
     best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     children = jnp.asarray(tree.children)

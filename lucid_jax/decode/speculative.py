@@ -152,51 +152,45 @@ def speculate(
     check_count(max_new_tokens, "max_new_tokens", 1)
     check_count(prefill_chunk, "prefill_chunk", 1)
     sampling = Sampling() if sampling is None else sampling
-    graph, params = nnx.split(model)
     drafter, draft_model = _drafter(model, draft, draft_tokens, sampling)
-    setup = _Setup(graph, drafter, sampling, tuple(stop_tokens))
+    if draft_model is None and draft_cache is not None:
+        raise ValueError("NGram() has no model, so no draft_cache; leave it out")
     tokens, lengths = pad_prompts(prompts, model.config.vocab_size)
-    longest = tokens.shape[1]
     spare = 0 if drafter.tree is None else drafter.tree.nodes - drafter.tree.depth
 
-    states, draft_params = [], None
-    for one, spec, name in ((model, cache, "cache"), (draft_model, draft_cache, "draft_cache")):
-        if one is not None:
-            states.append(open_cache(one, spec, len(tokens), longest, max_new_tokens, spare))
-            _check_can_take_back(states[-1], drafter, name)
-        elif spec is not None:
-            raise ValueError("NGram() has no model, so no draft_cache; leave it out")
+    def prefilled(one: Any, spec: Any, name: str) -> tuple[Any, Any, jax.Array, core.CacheState]:
+        state = open_cache(one, spec, len(tokens), tokens.shape[1], max_new_tokens, spare)
+        _check_can_take_back(state, drafter, name)
+        graph, params = nnx.split(one)
+        return graph, params, *prefill(graph, params, state, tokens, lengths, prefill_chunk)
 
-    last, states[0] = prefill(graph, params, states[0], tokens, lengths, prefill_chunk)
+    graph, params, last, state = prefilled(model, cache, "cache")
+    draft_params = draft_state = None
     if draft_model is not None:
-        draft_graph, draft_params = nnx.split(draft_model)
-        # The draft catches up on the prompt's last token in the first round.
-        _, states[1] = prefill(draft_graph, draft_params, states[1], tokens, lengths, prefill_chunk)
-    history = np.zeros((len(tokens), power_of_two(longest + max_new_tokens)), np.int32)
-    history[:, :longest] = tokens
-    zeros = np.zeros_like(lengths)
+        _, draft_params, _, draft_state = prefilled(draft_model, draft_cache, "draft_cache")
+    setup = _Setup(graph, drafter, sampling, tuple(stop_tokens))
     loop = _Loop(
-        cache=states[0],
-        draft_cache=states[1] if draft_model is not None else None,
-        history=jnp.asarray(history),
+        cache=state,
+        draft_cache=draft_state,
+        history=jnp.asarray(_history(tokens, max_new_tokens)),
         filled=jnp.asarray(lengths),
         limit=jnp.asarray(lengths + max_new_tokens),
-        done=jnp.asarray(zeros > 0),
+        done=jnp.zeros(len(tokens), bool),
         seen=seen_tokens(tokens, lengths, model, sampling),
-        rounds=jnp.asarray(zeros),
-        proposed=jnp.asarray(zeros + 0),
-        accepted=jnp.asarray(zeros + 0),
+        rounds=jnp.zeros(len(tokens), jnp.int32),
+        proposed=jnp.zeros(len(tokens), jnp.int32),
+        accepted=jnp.zeros(len(tokens), jnp.int32),
         key=jax.random.key(seed),
     )
     loop = _first_token(setup, params, loop, last)
 
-    need = longest + max_new_tokens - 1 + spare
+    need = tokens.shape[1] + max_new_tokens - 1 + spare
     while not bool(np.all(loop.done)):
         loop, stop_at = _with_room(loop, need, drafter.width)
         loop = _decode(setup, (params, draft_params), loop, stop_at)
-        for state in (loop.cache, loop.draft_cache):
-            if state is not None:
-                core.check_overflow(state)
+        for one in (loop.cache, loop.draft_cache):
+            if one is not None:
+                core.check_overflow(one)
     return _result(loop, lengths, max_new_tokens)
 
 
@@ -252,6 +246,14 @@ def _check_can_take_back(state: core.CacheState, drafter: Drafter, name: str) ->
                 f"tokens, but up to {drafter.width} drafts may be rejected; give Sliding "
                 f"slack={drafter.width} (KIVI residual={drafter.width}), or lower draft_tokens"
             )
+
+
+def _history(tokens: np.ndarray, max_new_tokens: int) -> np.ndarray:
+    """Prompts with room for new tokens: a power of two, so that few shapes are compiled."""
+    rows, longest = tokens.shape
+    history = np.zeros((rows, power_of_two(longest + max_new_tokens)), np.int32)
+    history[:, :longest] = tokens
+    return history
 
 
 def _with_room(loop: _Loop, need: int, width: int) -> tuple[_Loop, np.int32]:

@@ -81,7 +81,7 @@ class Topology:
 
     @cached_property
     def sees(self) -> np.ndarray:
-        """Bool [M + 1, M + 1]: whether a node sees another, an ancestor or itself."""
+        """Whether a node sees another, an ancestor or itself: bool [M + 1, M + 1]."""
         sees = np.eye(self.nodes + 1, dtype=bool)
         for node in range(1, self.nodes + 1):
             sees[node] |= sees[self.parents[node]]
