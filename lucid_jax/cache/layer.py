@@ -503,7 +503,8 @@ class Layer(abc.ABC):
             # Of two rows with a residual the shorter may not have packed yet what they share.
             since = jnp.minimum(since, self.packing.flushed(jnp.min(self.position)))
             since = jnp.broadcast_to(since, rows.shape) if self.ragged else jnp.min(since)
-            first = self.first_slot(since)
+            # A group of tokens is one: what came after `since` has a say in all its numbers.
+            first = self.first_slot(since) // self.packing.codec.unit * self.packing.codec.unit
 
         def gather(leaf: jax.Array) -> jax.Array:
             if leaf.ndim < 2:

@@ -165,7 +165,10 @@ def beam_search(
         >>> result.sequences.shape, result.history
         ((1, 2, 5), 'tree')
     """
-    width, new = check_count(num_beams, "num_beams", 1), check_count(max_new_tokens, "N", 1)
+    width, new = (
+        check_count(num_beams, "num_beams", 1),
+        check_count(max_new_tokens, "max_new_tokens", 1),
+    )
     returned = check_count(num_return_sequences, "num_return_sequences", 1)
     if returned > width:
         raise ValueError(
@@ -193,6 +196,7 @@ def as_rules(
     """The options of `beam_search` that decide between hypotheses, checked."""
     if not (isinstance(early_stopping, bool) or early_stopping == "never"):
         raise ValueError(f"early_stopping must be False, True or 'never', got {early_stopping!r}")
+    Sampling(repetition_penalty=repetition_penalty)  # raises if it is out of its range
     stops = sorted({check_count(token, "a stop token") for token in stop_tokens})
     if len(stops) >= vocab:
         raise ValueError(f"of {vocab} ids at least one must not be a stop token")
@@ -344,6 +348,8 @@ def search_from(
 
     logits = model.logits(last[:, None])
     search = _choose(jnp.broadcast_to(logits, (*shape, logits.shape[-1])), search, rules)
+    if new == 1:  # a cache of the prompt's size would have no room for a step, even one not taken
+        return search
     return jax.lax.while_loop(
         lambda search: (search.step < new) & jnp.any(search.open), step, search
     )
