@@ -19,10 +19,12 @@ import jax.numpy as jnp
 from lucid_jax.cache.ring import Sliding
 from lucid_jax.cache.state import capacity, grow, nbytes
 from lucid_jax.decode import Sampling, stream, stream_uncached
-from lucid_jax.specs import CODECS, LAYOUTS, parse_spec
+from lucid_jax.specs import CODECS, LAYOUTS, parse_codec, parse_spec
 
 if TYPE_CHECKING:
+    from lucid_jax.cache.layer import LayerSpec
     from lucid_jax.models.corpus import Document
+    from lucid_jax.models.transformer import Transformer
 
 
 class _Parser(argparse.ArgumentParser):
@@ -89,8 +91,10 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
 
 def _add_cache(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--cache", default="static", metavar="LAYOUT", help=f"{LAYOUTS}; default: %(default)s"
-    )
+        "--cache", default="auto", metavar="LAYOUT",
+        help=f"{LAYOUTS}; default: what the model asks for, rings for its layers with a window and "
+        "static for the others",
+    )  # fmt: skip
     parser.add_argument(
         "--codec", default="none", metavar="CODEC", help=f"{CODECS}; default: %(default)s"
     )
@@ -104,7 +108,7 @@ def _add_cache(parser: argparse.ArgumentParser) -> None:
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint", metavar="DIR",
-        help="model folder (config.json, model.safetensors, tokenizer.json); "
+        help="model folder as from the Hugging Face hub (config.json, *.safetensors, tokenizer.json); "
         "by default the small model that ships with the package",
     )  # fmt: skip
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
@@ -129,9 +133,11 @@ def _generate(options: argparse.Namespace) -> int:
         raise ValueError(f"--max-new-tokens must be at least 1, got {options.max_new_tokens}")
     if not 0 <= options.seed < 2**63:
         raise ValueError(f"--seed must be in [0, 2**63), got {options.seed}")
-    if options.no_cache and (options.cache, options.codec) != ("static", "none"):
+    if options.no_cache and (options.cache, options.codec) != ("auto", "none"):
         raise ValueError("--no-cache recomputes everything; leave out --cache and --codec")
-    if options.capacity is not None and (options.cache != "static" or options.no_cache):
+    if options.capacity is not None and (
+        options.cache not in ("auto", "static") or options.no_cache
+    ):
         raise ValueError("--capacity is for --cache static; leave it out")
     sampling = Sampling(
         temperature=options.temperature,
@@ -142,16 +148,15 @@ def _generate(options: argparse.Namespace) -> int:
     )
     from lucid_jax.models.checkpoint import load_model
 
-    parse_spec(options.cache, options.codec, capacity=1)  # a bad word should not wait for a model
+    _check_words(options)  # a bad word should not wait for a model
     model, tokenizer = load_model(
         options.checkpoint, jnp.dtype(options.dtype), rope_by_place=options.rope_by_place
     )
-    # A document begins after a separator, in training as here.
-    prompt = [tokenizer.end_of_text_id, *tokenizer.encode(options.prompt)]
+    prompt = tokenizer.encode_prompt(options.prompt)
     need = len(prompt) + options.max_new_tokens - 1
     trained = model.config.max_position_embeddings
     slots = need if options.capacity is None else options.capacity
-    spec = parse_spec(options.cache, options.codec, capacity=slots)
+    spec = _spec(options, model, slots)
     if need > trained and not (options.rope_by_place and isinstance(spec, Sliding)):
         print(
             f"note: {need} positions are more than the {trained} this model was trained for",
@@ -163,7 +168,7 @@ def _generate(options: argparse.Namespace) -> int:
             "max_new_tokens": options.max_new_tokens,
             "sampling": sampling,
             "seed": options.seed,
-            "stop_tokens": [tokenizer.end_of_text_id],
+            "stop_tokens": model.config.eos_token_ids,
         }
         if options.no_cache:
             return stream_uncached(model, [prompt], **common)
@@ -175,7 +180,7 @@ def _generate(options: argparse.Namespace) -> int:
     del warm_up
 
     print(options.prompt, end="", flush=True)
-    text = tokenizer.stream()
+    text = tokenizer.stream(after=prompt)
     calls: list[tuple[int, float, bool]] = []  # tokens, seconds, whether something was compiled
     with _CompileCounter() as compiles:
         before, started = compiles.count, time.perf_counter()
@@ -198,19 +203,41 @@ def _generate(options: argparse.Namespace) -> int:
         print("cache:   none; every token recomputed all before it")
     else:
         stored = len(prompt) + sum(n for n, _, _ in calls) - 1
-        cache = model.init_cache(spec, 1, ragged=True)
-        cache = grow(cache, stored) if spec.growable else cache
-        slots = capacity(cache)
+        cache = grow(model.init_cache(spec, 1, ragged=True), stored)
         codec = "" if options.codec == "none" else f" as {options.codec}"
-        print(
-            f"cache:   {options.cache}, {min(stored, slots)} of {slots} slots used{codec}, "
-            f"{nbytes(cache):,} bytes"
-        )
+        slots = sorted({capacity(cache, i) for i in range(len(cache.layers))}, reverse=True)
+        used = " and ".join(f"{min(stored, n)} of {n}" for n in slots)
+        print(f"cache:   {_name(options, spec)}, {used} slots used{codec}, {nbytes(cache):,} bytes")
     return 0
 
 
+def _check_words(options: argparse.Namespace) -> None:
+    layout = "static" if options.cache == "auto" else options.cache
+    parse_spec(layout, options.codec, capacity=1)
+
+
+def _spec(
+    options: argparse.Namespace, model: Transformer, length: int
+) -> LayerSpec | list[LayerSpec]:
+    """The cache that the options name, for texts of `length` tokens."""
+    if options.cache != "auto":
+        return parse_spec(options.cache, options.codec, capacity=length)
+    specs = model.cache_spec(length, parse_codec(options.codec))
+    return specs[0] if len(set(specs)) == 1 else specs
+
+
+def _name(options: argparse.Namespace, spec: LayerSpec | list[LayerSpec]) -> str:
+    """A spec in words."""
+    if options.cache != "auto":
+        return options.cache
+    specs = spec if isinstance(spec, list) else [spec]
+    rings = {one.window for one in specs if isinstance(one, Sliding)}
+    names = ["static"] * (not all(isinstance(one, Sliding) for one in specs))
+    return " and ".join([*names, *(f"sliding:{window}" for window in rings)])
+
+
 def _eval(options: argparse.Namespace) -> int:
-    parse_spec(options.cache, options.codec, capacity=1)
+    _check_words(options)
     for name in ("context", "bytes"):
         value = getattr(options, name)
         if value is not None and value < 1:
@@ -223,7 +250,7 @@ def _eval(options: argparse.Namespace) -> int:
         options.checkpoint, jnp.dtype(options.dtype), rope_by_place=options.rope_by_place
     )
     context = options.context or model.config.max_position_embeddings
-    spec = parse_spec(options.cache, options.codec, capacity=context)
+    spec = _spec(options, model, context)
     documents: Sequence[Document]
     if options.text is None:
         documents = python_corpus().held_out
@@ -236,11 +263,11 @@ def _eval(options: argparse.Namespace) -> int:
         raise ValueError("there is no text to score")
     plain = bits_per_byte(model, stream, size, context)
     cached = bits_per_byte(model, stream, size, context, cache=spec)
-    cache = model.init_cache(spec, 1)
-    cache = grow(cache, context) if spec.growable else cache
+    cache = grow(model.init_cache(spec, 1), context)
     print(f"text:    {size:,} bytes, {len(stream) - 1:,} tokens in windows of {context}")
     print(f"plain:   {plain:.4f} bits per byte, attention without a cache")
-    print(f"cache:   {cached:.4f} bits per byte ({100 * (cached / plain - 1):+.2f}%), {spec}")
+    shown = _name(options, spec) if isinstance(spec, list) else spec
+    print(f"cache:   {cached:.4f} bits per byte ({100 * (cached / plain - 1):+.2f}%), {shown}")
     print(f"memory:  {nbytes(cache):,} bytes a sequence")
     return 0
 

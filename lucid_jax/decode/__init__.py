@@ -9,6 +9,7 @@ from lucid_jax.decode.generation import (
     generate_uncached,
     stream,
     stream_uncached,
+    unpad,
 )
 from lucid_jax.decode.prompt_cache import Prefilled, PromptCache
 from lucid_jax.decode.sampling import Sampling, sample
@@ -31,4 +32,5 @@ __all__ = [
     "speculate",
     "stream",
     "stream_uncached",
+    "unpad",
 ]

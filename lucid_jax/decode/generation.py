@@ -377,6 +377,34 @@ def pad_prompts(prompts: Any, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
     return tokens, lengths
 
 
+def unpad(tokens: ArrayLike, attention_mask: ArrayLike) -> list[list[int]]:
+    """The rows of a padded batch, as `generate` takes them; padding may be left, right or both.
+
+    Args:
+        tokens: int (B, T).
+        attention_mask: bool or 0 and 1, (B, T): which are real, as transformers' tokenizers give it.
+
+    Raises:
+        ValueError: if shapes differ, or real tokens of a row do not follow each other.
+
+    Example:
+        >>> unpad([[0, 0, 7], [5, 6, 0]], [[0, 0, 1], [1, 1, 0]])
+        [[7], [5, 6]]
+    """
+    ids, real = np.asarray(tokens), np.asarray(attention_mask).astype(bool)
+    if ids.ndim != 2 or ids.shape != real.shape:
+        raise ValueError(
+            f"tokens and attention_mask must both be (batch, seq), got {ids.shape} and {real.shape}"
+        )
+    edges = np.diff(np.pad(real, ((0, 0), (1, 1))).astype(np.int8), axis=1)
+    if np.any(np.sum(edges == 1, axis=1) > 1):
+        row = int(np.argmax(np.sum(edges == 1, axis=1) > 1))
+        raise ValueError(
+            f"row {row} of attention_mask has padding between real tokens; move it to the ends"
+        )
+    return [row[keep].tolist() for row, keep in zip(ids, real, strict=True)]
+
+
 def prefill_chunks(length: int, largest: int) -> list[tuple[int, int]]:
     """Cuts a prompt into (start, size) chunks; the last is padded up to a power of two.
 

@@ -28,11 +28,12 @@ Evict = Callable[[CacheState], CacheState]
 
 
 def pack(tokenizer: Tokenizer, documents: Sequence[Document]) -> np.ndarray:
-    """One int32 stream: each document after an `<|endoftext|>`, and one at the end."""
-    stream = [tokenizer.end_of_text_id]
+    """One int32 stream: each document after what starts a text (`<|endoftext|>`), that at the end."""
+    start = tokenizer.start or [tokenizer.end_of_text_id]
+    stream = list(start)
     for ids in tokenizer.encode_batch([document.text for document in documents]):
         stream.extend(ids)
-        stream.append(tokenizer.end_of_text_id)
+        stream.extend(start)
     return np.asarray(stream, np.int32)
 
 

@@ -1,46 +1,48 @@
-"""A byte-level BPE tokenizer: text <-> lists of ids, and a decoder for streams of ids."""
+"""Tokenizers from tokenizer.json: text <-> lists of ids, and a decoder for streams of ids.
+
+Both kinds that language models use: byte-level BPE (GPT-2, Llama 3, Qwen), and pieces of text with a
+visible space and single bytes for what has no piece (SentencePiece's: Llama 2, Mistral, Gemma).
+"""
 
 from __future__ import annotations
 
 import codecs
 import functools
+import json
+import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 END_OF_TEXT = "<|endoftext|>"
 
 
 class Tokenizer:
-    """Byte-level BPE over the `tokenizers` library; `decode(encode(text)) == text` for any string.
+    """A tokenizer.json over the `tokenizers` library, decoding to bytes.
 
-    `<|endoftext|>` separates documents and serves as both BOS and EOS. It is never produced by
-    `encode`: the characters are encoded as ordinary text, so that input cannot forge a separator.
+    `encode` takes text as text: the characters of a special token are encoded as any others, so that
+    input cannot forge a separator. `encode_prompt` is for what a model is to continue.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer):
-        """Wraps a byte-level tokenizer of the library.
+    def __init__(self, backend: tokenizers.Tokenizer, add_bos: int | None = None):
+        """Wraps a tokenizer of the library.
+
+        Args:
+          backend: the tokenizer.
+          add_bos: an id to start prompts with, if its own post-processor does not.
 
         Raises:
-          ValueError: if it is of another kind, or has no `<|endoftext|>`.
+          ValueError: if its decoder is of a kind that is not known.
         """
-        if not isinstance(backend.decoder, decoders.ByteLevel):
-            raise ValueError(
-                "only byte-level BPE tokenizers (GPT-2's kind) can be read; this one decodes with "
-                f"{type(backend.decoder).__name__}"
-            )
         self._backend = backend
-        # Otherwise the library cuts `<|endoftext|>` out of the text before BPE sees it.
+        # Otherwise the library cuts special tokens out of the text before BPE sees it.
         self._backend.encode_special_tokens = True
-        end = backend.token_to_id(END_OF_TEXT)
-        if end is None:
-            raise ValueError(
-                f"the tokenizer has no {END_OF_TEXT!r} token; train one with Tokenizer.train "
-                "or add the token to tokenizer.json"
-            )
-        self._end_of_text_id = int(end)
+        self._spelling = _spelling(json.loads(backend.to_str())["decoder"])
+        self._add_bos = add_bos
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int = 2048) -> Tokenizer:
@@ -70,30 +72,45 @@ class Tokenizer:
             show_progress=False,
         )
         backend.train_from_iterator(texts, trainer)
+        # A document begins after a separator.
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{END_OF_TEXT} $A", special_tokens=[(END_OF_TEXT, 0)]
+        )
         return cls(backend)
 
     @classmethod
     def load(cls, path: Path | str) -> Tokenizer:
-        """Reads a `tokenizer.json`.
+        """Reads a `tokenizer.json`, and of a `tokenizer_config.json` beside it `add_bos_token`.
 
         Raises:
           OSError: if the file cannot be read.
-          ValueError: if it does not describe a byte-level tokenizer with `<|endoftext|>`.
+          ValueError: if it does not describe a tokenizer, or one that decodes in an unknown way.
         """
-        return cls.from_json(Path(path).read_text("utf-8"))
+        path = Path(path)
+        text, settings = path.read_text("utf-8"), path.with_name("tokenizer_config.json")
+        return cls.from_json(text, settings.read_text("utf-8") if settings.is_file() else "{}")
 
     def save(self, path: Path | str) -> None:
         """Writes a `tokenizer.json`."""
         Path(path).write_text(self.to_json(), "utf-8")
 
     @classmethod
-    def from_json(cls, text: str) -> Tokenizer:
-        """Reads the content of a `tokenizer.json`; errors as for `load`."""
+    def from_json(cls, text: str, settings: str = "{}") -> Tokenizer:
+        """Reads the content of a `tokenizer.json` and, perhaps, a `tokenizer_config.json`.
+
+        Errors as for `load`.
+        """
         try:
             backend = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"not the content of a tokenizer.json: {error}") from error
-        return cls(backend)
+        try:
+            given = json.loads(settings)
+        except ValueError as error:
+            raise ValueError(f"not the content of a tokenizer_config.json: {error}") from error
+        bos = given.get("bos_token") if given.get("add_bos_token") else None
+        bos = bos.get("content") if isinstance(bos, dict) else bos
+        return cls(backend, None if bos is None else backend.token_to_id(bos))
 
     def to_json(self) -> str:
         """The content of a `tokenizer.json`."""
@@ -101,16 +118,35 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Ids in all, the separator included."""
-        return self._backend.get_vocab_size(with_added_tokens=True)
+        """One more than the highest id of the vocabulary.
+
+        Special tokens that were added to it may lie beyond: Gemma 3's text models have no embedding
+        for their tokenizer's image token.
+        """
+        return 1 + max(self._backend.get_vocab(with_added_tokens=False).values(), default=-1)
 
     @property
     def end_of_text_id(self) -> int:
-        """The id of `<|endoftext|>`: BOS, EOS and document separator."""
-        return self._end_of_text_id
+        """The id of `<|endoftext|>`: BOS, EOS and document separator.
+
+        Raises:
+          ValueError: if there is no such token.
+        """
+        end = self._backend.token_to_id(END_OF_TEXT)
+        if end is None:
+            raise ValueError(
+                f"the tokenizer has no {END_OF_TEXT!r} token; encode_prompt starts a text as this "
+                "tokenizer does, and the model's config.eos_token_ids end it"
+            )
+        return int(end)
+
+    @property
+    def start(self) -> list[int]:
+        """What `encode_prompt` puts before a text: perhaps nothing."""
+        return self.encode_prompt("")
 
     def encode(self, text: str) -> list[int]:
-        """Text to ids; adds no special token.
+        """Text to ids; adds no special token, and takes none from the text.
 
         Raises:
           UnicodeEncodeError: if the text holds a lone surrogate, which UTF-8 has no bytes for.
@@ -118,20 +154,47 @@ class Tokenizer:
         text.encode()  # the library's own error does not say what is wrong
         return self._backend.encode(text, add_special_tokens=False).ids
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """A prompt to ids, as transformers does: special tokens in the text are taken as such.
+
+        What starts a text comes first: what the post-processor of tokenizer.json adds, or else the
+        `bos_token` if tokenizer_config.json says `add_bos_token`.
+
+        Raises:
+          UnicodeEncodeError: as for `encode`.
+
+        Example:
+          >>> tokenizer = Tokenizer.train(["some text"], vocab_size=300)
+          >>> tokenizer.encode_prompt("text") == [tokenizer.end_of_text_id, *tokenizer.encode("text")]
+          True
+        """
+        text.encode()
+        self._backend.encode_special_tokens = False
+        try:
+            ids = self._backend.encode(text).ids
+        finally:
+            self._backend.encode_special_tokens = True
+        return ids if self._add_bos is None or ids[:1] == [self._add_bos] else [self._add_bos, *ids]
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Texts to ids, in parallel."""
         return [e.ids for e in self._backend.encode_batch(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Ids to text; `<|endoftext|>` and unknown ids are left out, broken UTF-8 is U+FFFD."""
-        return b"".join(map(self.token_bytes, ids)).decode(errors="replace")
+        """Ids to text; special tokens and unknown ids are left out, broken UTF-8 is U+FFFD."""
+        stream = self.stream()
+        return "".join([*map(stream.push, ids), stream.flush()])
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes an id stands for: perhaps only part of a character; none if it is special."""
         return self._bytes_of.get(int(token), b"")
 
-    def stream(self) -> StreamDecoder:
+    def stream(self, after: Iterable[int] = ()) -> StreamDecoder:
         """A decoder to feed one id at a time.
+
+        Args:
+          after: ids that come before, a prompt's: their text is not returned. At the very start of a
+            text some tokenizers drop the space that they put there to encode it.
 
         Example:
           >>> tokenizer = Tokenizer.train(["some text"], vocab_size=300)
@@ -139,14 +202,16 @@ class Tokenizer:
           >>> "".join(stream.push(i) for i in tokenizer.encode("naïve")) + stream.flush()
           'naïve'
         """
-        return StreamDecoder(self)
+        stream = StreamDecoder(self)
+        for token in after:
+            stream.push(token)
+        return stream
 
     @functools.cached_property
     def _bytes_of(self) -> dict[int, bytes]:
-        byte_of = _byte_of_char()
         vocab = self._backend.get_vocab(with_added_tokens=False)
-        table = {token: bytes(byte_of.get(c, 0) for c in text) for text, token in vocab.items()}
-        # Added tokens are stored as plain text, not in the byte alphabet.
+        table = {token: self._spelling.bytes_of(text) for text, token in vocab.items()}
+        # Added tokens are stored as plain text.
         for token, added in self._backend.get_added_tokens_decoder().items():
             table[token] = b"" if added.special else added.content.encode()
         return table
@@ -162,16 +227,84 @@ class StreamDecoder:
         """Starts an empty stream."""
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._strip = tokenizer._spelling.strip
 
     def push(self, token: int) -> str:
         """Takes one id; returns the text that is complete now, perhaps none yet."""
-        return self._decoder.decode(self._tokenizer.token_bytes(token))
+        return self._stripped(self._decoder.decode(self._tokenizer.token_bytes(token)))
 
     def flush(self) -> str:
         """Ends the stream; returns an unfinished character, if any, as U+FFFD."""
-        text = self._decoder.decode(b"", final=True)
+        text = self._stripped(self._decoder.decode(b"", final=True))
         self._decoder.reset()
+        self._strip = self._tokenizer._spelling.strip
         return text
+
+    def _stripped(self, text: str) -> str:
+        """Without the spaces that the start of a text still has to lose."""
+        while self._strip and text:
+            spaced = text.startswith(" ")
+            self._strip = self._strip - 1 if spaced else 0
+            text = text[1:] if spaced else text
+        return text
+
+
+@dataclass(frozen=True)
+class _Spelling:
+    """How a vocabulary spells bytes.
+
+    Attributes:
+      byte_level: in GPT-2's alphabet, a character a byte; otherwise as text.
+      replace: what to replace in text: (visible space, space).
+      byte_fallback: whether pieces such as `<0xE2>` stand for single bytes.
+      strip: spaces to take from the start of a text.
+    """
+
+    byte_level: bool = False
+    replace: tuple[tuple[str, str], ...] = ()
+    byte_fallback: bool = False
+    strip: int = 0
+
+    def bytes_of(self, piece: str) -> bytes:
+        """The bytes of a piece."""
+        if self.byte_level:
+            return bytes(_byte_of_char().get(char, 0) for char in piece)
+        if self.byte_fallback and (byte := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", piece)):
+            return bytes([int(byte[1], 16)])
+        for old, new in self.replace:
+            piece = piece.replace(old, new)
+        return piece.encode()
+
+
+def _spelling(decoder: dict[str, Any] | None) -> _Spelling:
+    """What the decoder of a tokenizer.json does, as a rule for one piece at a time."""
+    steps = decoder["decoders"] if decoder and decoder["type"] == "Sequence" else [decoder]
+    byte_level = byte_fallback = False
+    replace: list[tuple[str, str]] = []
+    strip = 0
+    for step in steps:
+        match step:
+            case {"type": "ByteLevel"}:
+                byte_level = True
+            case {"type": "ByteFallback"}:
+                byte_fallback = True
+            case {"type": "Fuse"}:
+                pass
+            case {"type": "Replace", "pattern": {"String": old}, "content": new}:
+                replace.append((old, new))
+            case {"type": "Strip", "content": " ", "start": start, "stop": 0}:
+                strip = start
+            case {"type": "Metaspace", "replacement": old}:
+                replace.append((old, " "))
+                strip = int(step.get("prepend_scheme", "always") != "never")
+            case _:
+                kinds = [None if one is None else one["type"] for one in steps]
+                raise ValueError(
+                    "tokenizer.json decodes in a way that is not known "
+                    f"({', '.join(map(str, kinds))}); known are ByteLevel, and Replace, ByteFallback, "
+                    "Fuse, Strip and Metaspace"
+                )
+    return _Spelling(byte_level, tuple(replace), byte_fallback, strip)
 
 
 @functools.cache

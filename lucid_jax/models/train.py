@@ -328,7 +328,7 @@ def sample(
     end = tokenizer.end_of_text_id
     result = generate(
         model,
-        [[end, *tokenizer.encode(prompt)]],
+        [tokenizer.encode_prompt(prompt)],
         max_new_tokens=num_tokens,
         sampling=Sampling(temperature=temperature),
         seed=seed,

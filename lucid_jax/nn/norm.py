@@ -46,7 +46,7 @@ class Norm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalizes the last axis."""
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        wide = x if x.dtype.itemsize > 4 else x.astype(jnp.float32)
         if self.kind == "layer":
             wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
         wide = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.epsilon)
