@@ -166,6 +166,19 @@ def test_hypotheses_are_those_of_transformers(group):
         np.testing.assert_allclose(result.scores, expected[f"scores_{index}"], atol=1e-4, rtol=1e-4)
 
 
+def test_moving_only_what_parted_loses_nothing():
+    """Prompts one by one: in a batch, the shortest prompt has more than its own share moved."""
+    expected = np.load(FIXTURES / "beam" / "expected.npz")
+    (index, *_), *_ = (param.values[0] for param in cases() if param.id.startswith("5"))
+    case = RECORDED["cases"][index]
+    for row, prompt in enumerate(RECORDED["prompts"]):
+        result = beam_search(
+            model(), [prompt], max_new_tokens=RECORDED["max_new_tokens"], cache=lj.Static(40),
+            num_return_sequences=5, history="reorder", **case,
+        )  # fmt: skip
+        np.testing.assert_array_equal(result.sequences[0], expected[f"sequences_{index}"][row])
+
+
 def test_hypotheses_of_a_fresh_model_are_those_of_transformers(tmp_path):
     """The same against the library itself, where it is installed."""
     pytest.importorskip("torch")
