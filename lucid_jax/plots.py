@@ -130,7 +130,8 @@ def plot_beam_tree(result: BeamResult, tokenizer: Any = None, row: int = 0) -> F
     """How the beams of one prompt grew: a line per live beam, which branches where another died.
 
     Steps from left to right, and at each the token that a beam took. Returned hypotheses are coloured,
-    the best one first in the legend with its score; each ends in a square, a little above its beam.
+    the best with the thickest line and first in the legend, with their scores; each ends in a square, a
+    little above the beam that it went on from.
 
     Args:
         result: what `beam_search` returned.
@@ -165,7 +166,8 @@ def plot_beam_tree(result: BeamResult, tokenizer: Any = None, row: int = 0) -> F
         length, beam = int(result.lengths[row, index]), result.ends[row, index]
         if not length:
             continue
-        end = float(beam) + 0.3 if length > 1 else (width - 1) / 2 + 0.3 * (index + 1)
+        siblings = (result.lengths[row, :index] == length) & (result.ends[row, :index] == beam)
+        end = float(beam) + 0.3 * (1 + siblings.sum())
         path = [end]
         for step in range(length - 2, -1, -1):
             path.insert(0, float(beam))
@@ -174,8 +176,8 @@ def plot_beam_tree(result: BeamResult, tokenizer: Any = None, row: int = 0) -> F
         (line,) = axes.plot(
             range(-1, length),
             [(width - 1) / 2, *path],
-            linewidth=3 - 2 * index / returned,
-            zorder=returned + 1 - index,
+            linewidth=4 - 3 * index / returned,
+            zorder=2 + index,
             label=f"{result.scores[row, index]:.3f}",
         )
         axes.plot(length - 1, end, "s", color=line.get_color())
