@@ -278,7 +278,8 @@ class _Spelling:
 
 def _spelling(decoder: dict[str, Any] | None) -> _Spelling:
     """What the decoder of a tokenizer.json does, as a rule for one piece at a time."""
-    steps = decoder["decoders"] if decoder and decoder["type"] == "Sequence" else [decoder]
+    decoder = decoder or {"type": "None"}
+    steps: list[dict[str, Any]] = decoder.get("decoders", [decoder])
     byte_level = byte_fallback = False
     replace: list[tuple[str, str]] = []
     strip = 0
@@ -298,11 +299,10 @@ def _spelling(decoder: dict[str, Any] | None) -> _Spelling:
                 replace.append((old, " "))
                 strip = int(step.get("prepend_scheme", "always") != "never")
             case _:
-                kinds = [None if one is None else one["type"] for one in steps]
                 raise ValueError(
                     "tokenizer.json decodes in a way that is not known "
-                    f"({', '.join(map(str, kinds))}); known are ByteLevel, and Replace, ByteFallback, "
-                    "Fuse, Strip and Metaspace"
+                    f"({', '.join(one['type'] for one in steps)}); known are ByteLevel, and "
+                    "Replace, ByteFallback, Fuse, Strip and Metaspace"
                 )
     return _Spelling(byte_level, tuple(replace), byte_fallback, strip)
 
