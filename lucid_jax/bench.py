@@ -55,7 +55,18 @@ def run_bench(*, as_json: bool = False, quick: bool = False) -> list[Row]:
         quick: smaller sizes and fewer repeats: shows that it runs, not how fast.
     """
     repeats = 1 if quick else 4
-    groups = (_append, _slide, _step, _codecs, _reorder, _crop, _eager, _generation, _beams)
+    groups = (
+        _append,
+        _slide,
+        _step,
+        _codecs,
+        _reorder,
+        _crop,
+        _eager,
+        _generation,
+        _beams,
+        _prompts,
+    )
     rows: list[Row] = []
     # Where nobody's terminal sets the width, let no cell be cut.
     console = Console(stderr=as_json, width=None if sys.stdout.isatty() else 120)
@@ -343,3 +354,22 @@ def _beams(repeats: int, quick: bool) -> Iterator[Row]:
         for history, milliseconds in zip(others, ours, strict=True):
             case = f"{history}, per token, {width} beams, {new} after a prompt of {length}"
             yield Row("beam search", case, "gather whole cache", naive / new, milliseconds / new)
+
+
+def _prompts(repeats: int, quick: bool) -> Iterator[Row]:
+    """Prefill of a prompt whose beginning an earlier one had."""
+    from lucid_jax.models.config import ModelConfig
+    from lucid_jax.models.transformer import Transformer
+
+    config = ModelConfig(vocab_size=2048, num_hidden_layers=4, num_key_value_heads=2)
+    model = Transformer(config, rngs=nnx.Rngs(0))
+    length, shared = (80, 64) if quick else (400, 384)
+    spec = lj.Static(length + 64)
+    prompts = lj.PromptCache(model, spec, max_bytes=1 << 30)
+    # What is shared is whole chunks, so the rest is computed every time.
+    prompt = [list(range(1, length + 1))]
+    one = partial(generate, model, prompt, max_new_tokens=1)
+    naive, ours = _medians(
+        1 if quick else 5, partial(one, cache=spec), partial(one, prompt_cache=prompts), burst=1
+    )
+    yield Row("prefill", f"{length} tokens, {shared} seen before", "recompute", naive, ours)

@@ -1,4 +1,4 @@
-"""The command line: `lucid-jax generate`, `lucid-jax eval` and `lucid-jax bench`.
+"""The command line: `lucid-jax generate`, `compare`, `eval` and `bench`.
 
 Bad input ends in one line on stderr and exit code 2.
 """
@@ -40,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _Parser(prog="lucid-jax", description="KV caches for JAX.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_generate(commands.add_parser("generate", help="continue a prompt, streaming the text"))
+    _add_compare(
+        commands.add_parser("compare", help="one prompt with several caches, side by side")
+    )
     _add_eval(commands.add_parser("eval", help="bits per byte of text under a given cache"))
     bench = commands.add_parser("bench", help="measure the cache on this machine")
     bench.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -53,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             run_bench(as_json=options.json, quick=options.quick)
             return 0
-        return _eval(options) if options.command == "eval" else _generate(options)
+        run = {"generate": _generate, "compare": _compare, "eval": _eval}[options.command]
+        return run(options)
     except (ValueError, OSError) as error:
         message = " ".join(str(error).split())
         print(f"lucid-jax {options.command}: error: {message}", file=sys.stderr)
@@ -112,6 +116,20 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         "by default the small model that ships with the package",
     )  # fmt: skip
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+
+
+def _add_compare(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prompt", metavar="PROMPT", help="text to continue")
+    parser.add_argument(
+        "--caches", metavar="LIST",
+        help="LAYOUT or LAYOUT/CODEC with commas between, the reference first, such as "
+        "static,static/int8,sliding:64+4/int4; by default all codecs and a window of half the text. "
+        f"LAYOUT: {LAYOUTS}. CODEC: {CODECS}",
+    )  # fmt: skip
+    parser.add_argument("--max-new-tokens", type=int, default=120, metavar="N")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
+    parser.add_argument("--seed", type=int, default=0)
+    _add_model(parser)
 
 
 def _add_eval(parser: argparse.ArgumentParser) -> None:
@@ -234,6 +252,25 @@ def _name(options: argparse.Namespace, spec: LayerSpec | list[LayerSpec]) -> str
     rings = {one.window for one in specs if isinstance(one, Sliding)}
     names = ["static"] * (not all(isinstance(one, Sliding) for one in specs))
     return " and ".join([*names, *(f"sliding:{window}" for window in rings)])
+
+
+def _compare(options: argparse.Namespace) -> int:
+    if options.max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens must be at least 1, got {options.max_new_tokens}")
+    if not 0 <= options.seed < 2**63:
+        raise ValueError(f"--seed must be in [0, 2**63), got {options.seed}")
+    sampling = Sampling(temperature=options.temperature)
+    from lucid_jax.compare import parse_caches, run_compare
+    from lucid_jax.models.checkpoint import load_model
+
+    if options.caches is not None:
+        parse_caches(options.caches, 1)  # a bad word should not wait for a model
+    model, tokenizer = load_model(options.checkpoint, jnp.dtype(options.dtype))
+    run_compare(
+        model, tokenizer, options.prompt, caches=options.caches, sampling=sampling,
+        max_new_tokens=options.max_new_tokens, seed=options.seed,
+    )  # fmt: skip
+    return 0
 
 
 def _eval(options: argparse.Namespace) -> int:

@@ -280,8 +280,7 @@ def _run(
             raise ValueError(
                 f"a prompt cache brings its own spec, {prompt_cache.spec}; leave out cache="
             )
-        prompt_cache.check_model(model)
-        start = prompt_cache.prefill(prompts, max_new_tokens=max_new_tokens)
+        start = prompt_cache.prefill(prompts, max_new_tokens=max_new_tokens, model=model)
         last, state = start.hidden, start.cache
     loop = _start(
         graph, params, state, last, seen_tokens(tokens, lengths, model, sampling),

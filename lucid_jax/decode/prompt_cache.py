@@ -174,7 +174,11 @@ class PromptCache:
         return self.chunk * len(self._find(self._names(tokens[0])))
 
     def prefill(
-        self, prompts: ArrayLike | Sequence[Sequence[int]], *, max_new_tokens: int = 1
+        self,
+        prompts: ArrayLike | Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int = 1,
+        model: Any = None,
     ) -> Prefilled:
         """Puts prompts into a cache, computing only what is not stored; and stores that.
 
@@ -183,13 +187,14 @@ class PromptCache:
         Args:
             prompts: token ids, one list per row, of any lengths; or an int array (B, T).
             max_new_tokens: as `generate` will be asked for: they must fit too.
+            model: that will go on from there, to be sure that it is the same.
 
         Raises:
             ValueError: for an empty prompt, an id outside the vocabulary, what does not fit the cache,
-                or weights that changed since this prompt cache was made.
+                or another model, or weights that changed since this prompt cache was made.
         """
         tokens, lengths = pad_prompts(prompts, self._model.config.vocab_size)
-        self.check_model(self._model)
+        self._check_model(self._model if model is None else model)
         batch, longest = tokens.shape
         open_batch = partial(open_cache, self._model, self.spec, batch, longest, max_new_tokens)
         jax.eval_shape(open_batch)  # refuses what does not fit, before anything is computed
@@ -249,12 +254,8 @@ class PromptCache:
             loaded._nbytes += _nbytes(content)
         return loaded
 
-    def check_model(self, model: Any) -> None:
-        """Raises unless a model has the very weights that this prompt cache was made for.
-
-        Raises:
-            ValueError: if it is another model, or its weights were replaced.
-        """
+    def _check_model(self, model: Any) -> None:
+        """Raises unless a model has the very weights that this prompt cache was made for."""
         graph, params = nnx.split(model)
         ours, theirs = self._weights, jax.tree.leaves(params)
         same = len(ours) == len(theirs) and all(a is b for a, b in zip(ours, theirs, strict=True))
