@@ -28,7 +28,7 @@ from rich.table import Table
 
 import lucid_jax as lj
 from lucid_jax import nn
-from lucid_jax.decode import generate, generate_uncached
+from lucid_jax.decode import NGram, generate, generate_uncached, speculate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,23 +55,11 @@ def run_bench(*, as_json: bool = False, quick: bool = False) -> list[Row]:
         quick: smaller sizes and fewer repeats: shows that it runs, not how fast.
     """
     repeats = 1 if quick else 4
-    groups = (
-        _append,
-        _slide,
-        _step,
-        _codecs,
-        _reorder,
-        _crop,
-        _eager,
-        _generation,
-        _beams,
-        _prompts,
-    )
     rows: list[Row] = []
     # Where nobody's terminal sets the width, let no cell be cut.
     console = Console(stderr=as_json, width=None if sys.stdout.isatty() else 120)
     with Progress(console=console, transient=True) as progress:
-        for group in progress.track(groups, description="measuring"):
+        for group in progress.track(GROUPS, description="measuring"):
             rows.extend(group(repeats, quick))
     environment = {
         "jax": jax.__version__,
@@ -373,3 +361,47 @@ def _prompts(repeats: int, quick: bool) -> Iterator[Row]:
         1 if quick else 5, partial(one, cache=spec), partial(one, prompt_cache=prompts), burst=1
     )
     yield Row("prefill", f"{length} tokens, {shared} seen before", "recompute", naive, ours)
+
+
+def _speculation(repeats: int, quick: bool) -> Iterator[Row]:
+    """Greedy text of the embedded model, with drafts and without: the same tokens."""
+    if quick:
+        from lucid_jax.models.config import ModelConfig
+        from lucid_jax.models.transformer import Transformer
+
+        sizes: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1}
+        config = ModelConfig(vocab_size=64, num_attention_heads=1, **sizes)
+        model = draft = Transformer(config, rngs=nnx.Rngs(0))
+        prompt, new, counts = [[1, 2, 3]], 8, [4]
+    else:
+        from lucid_jax.models.checkpoint import embedded_draft_path, load_model
+
+        model, tokenizer = load_model()
+        draft, _ = load_model(embedded_draft_path())
+        prompt = [[tokenizer.end_of_text_id, *tokenizer.encode("Return a new list containing")]]
+        new, counts = 200, [2, 3, 4, 5, 6]
+    plain = partial(generate, model, prompt, max_new_tokens=new)
+    for name, one in {"draft model": draft, "n-grams": NGram()}.items():
+        for count in counts:
+            run = partial(
+                speculate, model, prompt, draft=one, draft_tokens=count, max_new_tokens=new
+            )
+            accepted = f"{100 * run().acceptance:.0f}% accepted"
+            naive, ours = _medians(1 if quick else 2 * repeats, plain, run, burst=1)
+            case = f"per token, {name}, {count} a round, {accepted}"
+            yield Row("speculate", case, "generate", naive / new, ours / new)
+
+
+GROUPS = (
+    _append,
+    _slide,
+    _step,
+    _codecs,
+    _reorder,
+    _crop,
+    _eager,
+    _generation,
+    _beams,
+    _prompts,
+    _speculation,
+)

@@ -10,15 +10,16 @@ import dataclasses
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import jax
 import jax.numpy as jnp
 
 from lucid_jax.cache.ring import Sliding
 from lucid_jax.cache.state import capacity, grow, nbytes
-from lucid_jax.decode import Sampling, stream, stream_uncached
+from lucid_jax.decode import NGram, Sampling, speculate, stream, stream_uncached
 from lucid_jax.specs import CODECS, LAYOUTS, parse_codec, parse_spec
 
 if TYPE_CHECKING:
@@ -81,6 +82,10 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--capacity", type=int, metavar="N",
         help="slots of the static cache; by default just what the prompt and new tokens need",
+    )  # fmt: skip
+    parser.add_argument(
+        "--draft", metavar="DRAFT",
+        help="decode speculatively: ngram, embedded (the shipped model's draft) or a model folder",
     )  # fmt: skip
     parser.add_argument("--no-cache", action="store_true", help="recompute everything, to compare")
     parser.add_argument("--max-new-tokens", type=int, default=120, metavar="N")
@@ -151,6 +156,8 @@ def _generate(options: argparse.Namespace) -> int:
         raise ValueError(f"--max-new-tokens must be at least 1, got {options.max_new_tokens}")
     if not 0 <= options.seed < 2**63:
         raise ValueError(f"--seed must be in [0, 2**63), got {options.seed}")
+    if options.no_cache and options.draft:
+        raise ValueError("--draft needs a cache; leave out --no-cache")
     if options.no_cache and (options.cache, options.codec) != ("auto", "none"):
         raise ValueError("--no-cache recomputes everything; leave out --cache and --codec")
     if options.capacity is not None and (
@@ -180,6 +187,9 @@ def _generate(options: argparse.Namespace) -> int:
             f"note: {need} positions are more than the {trained} this model was trained for",
             file=sys.stderr,
         )
+
+    if options.draft:
+        return _generate_with_drafts(options, model, tokenizer, prompt, spec, sampling)
 
     def pieces() -> Iterator[list[list[int]]]:
         common = {
@@ -270,6 +280,44 @@ def _compare(options: argparse.Namespace) -> int:
         model, tokenizer, options.prompt, caches=options.caches, sampling=sampling,
         max_new_tokens=options.max_new_tokens, seed=options.seed,
     )  # fmt: skip
+    return 0
+
+
+def _generate_with_drafts(
+    options: argparse.Namespace,
+    model: Any,
+    tokenizer: Any,
+    prompt: list[int],
+    spec: Any,
+    sampling: Sampling,
+) -> int:
+    from lucid_jax.models.checkpoint import embedded_draft_path, load_model
+
+    if options.draft == "ngram":
+        draft: Any = NGram()
+    else:
+        folder = embedded_draft_path() if options.draft == "embedded" else options.draft
+        draft, _ = load_model(folder, jnp.dtype(options.dtype))
+    drafts = 4
+    if isinstance(spec, Sliding):
+        spec = dataclasses.replace(spec, slack=drafts)  # what may be taken back
+    run = partial(
+        speculate, model, [prompt], draft=draft, draft_tokens=drafts, cache=spec,
+        max_new_tokens=options.max_new_tokens, sampling=sampling, seed=options.seed,
+        stop_tokens=[tokenizer.end_of_text_id],
+    )  # fmt: skip
+    run()  # compiles
+    started = time.perf_counter()
+    result = run()
+    seconds = time.perf_counter() - started
+    (new,) = result.rows()
+    text = tokenizer.decode([token for token in new if token != tokenizer.end_of_text_id])
+    print(f"{options.prompt}{text}\n")
+    print(f"decode:  {len(new)} tokens at {len(new) / seconds:,.0f} tokens/s, prefill included")
+    print(
+        f"drafts:  {result.accepted[0]} of {result.proposed[0]} accepted "
+        f"({100 * result.acceptance:.0f}%), {result.rounds[0]} passes of the model"
+    )
     return 0
 
 

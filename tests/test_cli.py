@@ -47,6 +47,7 @@ def generate(*arguments):
             r"sliding:6\+2, 8 of 8 slots used as int4-rotated",
         ),
         (["--codec", "kivi:4+2"], r"static, 16 of 16 slots used as kivi:4\+2"),
+        (["--no-cache", "--draft", "ngram"], "--draft needs a cache"),
         (["--no-cache"], r"none"),
     ],
 )
@@ -59,6 +60,19 @@ def test_generate_prints_text_and_figures(folder, capsys, flags, cache_line):
     assert re.search(r"^prefill: 5 tokens at [\d,]+ tokens/s$", out, re.M)
     assert re.search(r"^decode:  (\d+ tokens at [\d,]+ tokens/s|no further token)$", out, re.M)
     assert re.search(rf"^cache:   {cache_line}", out, re.M)
+
+
+@pytest.mark.parametrize("draft", ["ngram", None])
+def test_generate_with_drafts(folder, capsys, draft):
+    """The same greedy text as without, and how many drafts were accepted."""
+    common = ["abcd", "--checkpoint", folder, "--max-new-tokens", 12, "--temperature", 0]
+    common += ["--cache", "sliding:6+2"]
+    assert generate(*common) == 0
+    text = capsys.readouterr().out.split("\n\nprefill")[0]
+    assert generate(*common, "--draft", draft or folder) == 0
+    out = capsys.readouterr().out
+    assert out.split("\n\ndecode")[0] == text
+    assert re.search(r"^drafts:  \d+ of \d+ accepted \(\d+%\), \d+ passes", out, re.M)
 
 
 def test_same_seed_same_text_with_any_cache(folder, capsys):
@@ -184,7 +198,7 @@ def test_bench_prints_json_for_machines(capsys):
     operations = {row["operation"] for row in report["rows"]}
     assert operations == {
         "append", "sliding append", "append + attend", "attend", "reorder", "crop", "eager update",
-        "decode", "beam search",
+        "decode", "beam search", "prefill", "speculate",
     }  # fmt: skip
     assert all(row["ratio"] > 0 for row in report["rows"])
 
@@ -194,10 +208,7 @@ def test_bench_prints_a_table(capsys, monkeypatch):
     from lucid_jax import bench
 
     row = bench.Row("append", "1 token", "copying", 2.0, 0.5)
-    monkeypatch.setattr(bench, "_append", lambda repeats, quick: [row])
-    others = ("_slide", "_step", "_codecs", "_reorder", "_crop", "_eager", "_generation", "_beams")
-    for group in others:
-        monkeypatch.setattr(bench, group, lambda repeats, quick: [])
+    monkeypatch.setattr(bench, "GROUPS", (lambda repeats, quick: [row],))
     bench.run_bench(quick=True)
     out = capsys.readouterr().out
     assert "4.0x" in out

@@ -532,3 +532,37 @@ def test_bad_drafts(model, draft):
         lj.speculate(model, PROMPTS, draft=lj.Tree(draft, ()), max_new_tokens=4)
     with pytest.raises(ValueError, match="at least min_ngram"):
         lj.NGram(2, 3)
+
+
+# --- the draft that ships --------------------------------------------------------------------------
+
+
+def test_the_shipped_draft_belongs_to_the_shipped_model():
+    """Same tokenizer, and small; the folder is complete."""
+    pytest.importorskip("tokenizers")
+    from lucid_jax.models import embedded_draft_path, load_model
+    from lucid_jax.models.checkpoint import embedded_model_path
+
+    draft, tokenizer = load_model(embedded_draft_path())
+    model, other = load_model()
+    assert tokenizer.to_json() == other.to_json()
+    assert draft.config.vocab_size == model.config.vocab_size
+    size = lambda folder: (folder / "model.safetensors").stat().st_size  # noqa: E731
+    assert size(embedded_draft_path()) < 1.2e6 < size(embedded_model_path()) / 5
+
+
+@pytest.mark.exhaustive
+def test_the_shipped_draft_knows_what_the_model_will_say():
+    """Documentation text: most drafts are accepted, and the text is the model's own."""
+    pytest.importorskip("tokenizers")
+    from lucid_jax.models import embedded_draft_path, load_model
+
+    draft, _ = load_model(embedded_draft_path())
+    model, tokenizer = load_model()
+    texts = ["Return a new list containing", "Open the file and return", "This module provides"]
+    prompts = [[tokenizer.end_of_text_id, *tokenizer.encode(text)] for text in texts]
+    plain = lj.generate(model, prompts, max_new_tokens=100)
+    result = lj.speculate(model, prompts, draft=draft, draft_tokens=3, max_new_tokens=100)
+    assert result.rows() == plain.rows()
+    assert result.acceptance > 0.6
+    assert result.rounds.max() < 60

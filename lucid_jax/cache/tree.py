@@ -7,6 +7,8 @@ model gets both as `positions=` and `mask=`, and `keep_path` makes the two agree
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -130,7 +132,7 @@ def _possible(state: CacheState, n: jax.Array, path: jax.Array, counts: jax.Arra
     return jnp.stack([_allowed(layer, n, path, counts) for layer in state.layers])
 
 
-def _keep_path(state: CacheState, n: jax.Array, path: jax.Array, counts: jax.Array) -> CacheState:
+def _keep_path(state: CacheState, n: Any, path: Any, counts: Any) -> CacheState:
     n, path, counts = jnp.asarray(n), jnp.asarray(path), jnp.asarray(counts)
 
     def keep(layer: Layer) -> Layer:

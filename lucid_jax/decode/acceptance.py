@@ -10,6 +10,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from lucid_jax.decode.sampling import likeliest
 from lucid_jax.decode.topology import Topology
 
 
@@ -29,7 +30,7 @@ def accept_greedy(
         >>> tokens.tolist(), accepted.tolist()
         ([[3, 1, 2]], [1])
     """
-    best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    best = likeliest(logits)
     return best, _leading(best[:, :-1] == drafts, counts)
 
 
@@ -86,7 +87,7 @@ def accept_tree(
         Tokens (B, depth + 1), how many drafts were accepted, (B,), and the path of nodes,
         (B, depth + 1), the root first.
     """
-    best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    best = likeliest(logits)
     children = jnp.asarray(tree.children)
     node = jnp.zeros_like(counts)
     going, path, accepted = counts >= 0, [node], jnp.zeros_like(counts)

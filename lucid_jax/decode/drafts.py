@@ -19,7 +19,7 @@ from lucid_jax.cache.checks import check_count
 from lucid_jax.cache.slots import span
 from lucid_jax.cache.tree import keep_path, tree_mask
 from lucid_jax.decode.generation import hidden_at
-from lucid_jax.decode.sampling import Sampling, filtered
+from lucid_jax.decode.sampling import Sampling, filtered, likeliest
 from lucid_jax.decode.topology import Topology
 
 
@@ -302,7 +302,7 @@ def _draw(
     logits = filtered(model.logits(hidden[:, None])[:, 0], sampling, seen)
     probs = None
     if sampling.temperature == 0:
-        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        token = likeliest(logits)
     else:
         token = jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
         probs = jax.nn.softmax(logits, axis=-1)

@@ -204,8 +204,8 @@ def _drafter(
     width = check_count(draft_tokens, "draft_tokens", 1)
     if isinstance(draft, NGram):
         return NGramDrafter(draft, width, model.config.vocab_size), None
-    draft_model = draft.model if isinstance(draft, Tree) else draft
-    if not isinstance(draft_model, nnx.Module):
+    draft_model: Any = draft.model if isinstance(draft, Tree) else draft
+    if not callable(getattr(draft_model, "hidden", None)):
         raise TypeError(
             f"draft must be a model, NGram() or Tree(model, branching), got {draft_model!r}"
         )

@@ -13,6 +13,7 @@ __all__ = [
     "CheckpointError",
     "ModelConfig",
     "Transformer",
+    "embedded_draft_path",
     "load_model",
     "load_pretrained",
     "save_model",
@@ -20,7 +21,13 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("CheckpointError", "load_model", "load_pretrained", "save_model"):
+    if name in (
+        "CheckpointError",
+        "embedded_draft_path",
+        "load_model",
+        "load_pretrained",
+        "save_model",
+    ):
         from lucid_jax.models import checkpoint
 
         return getattr(checkpoint, name)

@@ -142,6 +142,15 @@ def embedded_model_path() -> Path:
     return Path(str(importlib.resources.files("lucid_jax.models") / "data"))
 
 
+def embedded_draft_path() -> Path:
+    """The folder of a smaller model that drafts for the embedded one; see `models.distill`.
+
+    Example:
+      draft, _ = load_model(embedded_draft_path())
+    """
+    return embedded_model_path() / "draft"
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Replaces a file in one step: readers see the old content or the new, never a part."""
     with replacing(path) as temporary:

@@ -304,7 +304,7 @@ def embedded_config(vocab_size: int, context: int) -> ModelConfig:
 
 
 def draft_config(vocab_size: int, context: int) -> ModelConfig:
-    """The sizes of the embedded model's draft: PARAMS parameters, a SHARE of its size."""
+    """The sizes of the embedded model's draft: 0.56 M parameters, a sixth of its own."""
     return ModelConfig(
         vocab_size=vocab_size,
         hidden_size=128,
