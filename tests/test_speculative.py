@@ -25,7 +25,7 @@ SIZES = {"int8": lj.codecs.Int8(), "fp8": lj.codecs.Float8(), "int4": lj.codecs.
 KIVI = lj.codecs.KIVI(group=4, residual=4)
 
 
-def make_model(seed, noise=0.0, vocab=VOCAB, hidden=16, layers=1):
+def make_model(seed, noise=0.0, vocab=VOCAB, hidden=16, layers=1, **options):
     """A random model of strong opinions, so that its text varies; `noise` makes another like it."""
     config = ModelConfig(
         vocab_size=vocab,
@@ -35,6 +35,7 @@ def make_model(seed, noise=0.0, vocab=VOCAB, hidden=16, layers=1):
         num_attention_heads=2,
         num_key_value_heads=1,
         tie_word_embeddings=False,
+        **options,
     )
     model = Transformer(config, rngs=nnx.Rngs(seed))
     graph, params = nnx.split(model)
@@ -566,3 +567,10 @@ def test_the_shipped_draft_knows_what_the_model_will_say():
     assert result.rows() == plain.rows()
     assert result.acceptance > 0.6
     assert result.rounds.max() < 60
+
+
+def test_a_windowed_model_drafts_on_its_own_rings(draft):
+    model = make_model(3, model_type="mistral", sliding_window=8)
+    fast = lj.speculate(model, PROMPTS, draft=draft, max_new_tokens=40)
+    assert {type(layer.spec) for layer in fast.cache.layers} == {lj.Sliding}
+    _check(fast, lj.generate(model, PROMPTS, max_new_tokens=40))

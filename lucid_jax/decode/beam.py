@@ -253,7 +253,7 @@ def _open(
             raise ValueError(f"a tree of beams cannot be kept: {obstacle}; use history='reorder'")
         history = "tree" if obstacle is None else "reorder"
     spare = branches if history == "tree" else 0
-    state = open_cache(model, cache, batch, longest, new, spare)
+    state = open_cache(model, cache, batch, longest, new, spare=spare)
     return core.grow(state, longest + new - 1 + spare), history
 
 

@@ -59,8 +59,11 @@ class LanguageModel(Protocol):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Hidden states (B, T, E) to logits (B, T, V)."""
 
-    def cache_spec(self, max_length: int) -> LayerSpec | Sequence[LayerSpec]:
-        """What to keep of texts of up to `max_length` tokens; raises for a length it cannot read."""
+    def cache_spec(self, max_length: int, *, slack: int = 0) -> LayerSpec | Sequence[LayerSpec]:
+        """What to keep of texts of up to `max_length` tokens; raises for a length it cannot read.
+
+        With `slack`, windows of which so many tokens can be taken back.
+        """
 
     def init_cache(self, spec: Any, batch_size: int, *, ragged: bool = False) -> core.CacheState:
         """An empty cache for this model."""
@@ -430,24 +433,32 @@ def _out_size(max_new_tokens: int) -> int:
 
 
 def open_cache(
-    model: Any, cache: Any, batch_size: int, longest: int, max_new_tokens: int, spare: int = 0
+    model: Any,
+    cache: Any,
+    batch_size: int,
+    longest: int,
+    max_new_tokens: int,
+    *,
+    spare: int = 0,
+    slack: int = 0,
 ) -> core.CacheState:
     """An empty ragged cache for prompts of up to `longest` tokens and the new ones.
 
     Args:
         model: see `LanguageModel`.
-        cache: a spec, or one per layer; None for static with exactly the room needed.
+        cache: a spec, or one per layer; None for what the model asks for, with exactly the room needed.
         batch_size: rows.
         longest: tokens of the longest prompt.
         max_new_tokens: the most tokens to add; the last is never fed back, so it needs no slot.
         spare: slots needed beyond those, as by the branches of a tree of drafts.
+        slack: tokens that may be taken back, which the model's own windows then leave room for.
 
     Raises:
         ValueError: if they do not fit the cache.
     """
     need = longest + max_new_tokens - 1 + spare
     # Asked for in any case: it refuses what the model cannot read.
-    own = model.cache_spec(need - spare)
+    own = model.cache_spec(need - spare, slack=slack)
     if spare:  # a tree of drafts: only where the model has no windows
         own = Static(need)
     state = model.init_cache(own if cache is None else cache, batch_size, ragged=True)

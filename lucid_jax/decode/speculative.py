@@ -125,8 +125,9 @@ def speculate(
         max_new_tokens: the most tokens to add to a row.
         draft_tokens: K, drafts a round; a tree has as many as it has nodes.
         cache: the target's cache, as for `generate`. Layers that cannot take back K tokens are
-            refused: a window needs `slack=K`, KIVI `residual=K`. A tree needs Static or Dynamic, and
-            as many slots more as it has nodes beside its longest path.
+            refused: a window needs `slack=K` (by default a model's own have it), KIVI `residual=K`.
+            A tree needs Static or Dynamic, and as many slots more as it has nodes beside its longest
+            path.
         draft_cache: likewise for the draft model.
         sampling: how to choose tokens; greedy by default.
         seed: of the random choices. A row's draws depend on (seed, row, round) alone.
@@ -159,7 +160,9 @@ def speculate(
     spare = 0 if drafter.tree is None else drafter.tree.nodes - drafter.tree.depth
 
     def prefilled(one: Any, spec: Any, name: str) -> tuple[Any, Any, jax.Array, core.CacheState]:
-        state = open_cache(one, spec, len(tokens), tokens.shape[1], max_new_tokens, spare)
+        state = open_cache(
+            one, spec, *tokens.shape, max_new_tokens, spare=spare, slack=drafter.width
+        )
         _check_can_take_back(state, drafter, name)
         graph, params = nnx.split(one)
         return graph, params, *prefill(graph, params, state, tokens, lengths, prefill_chunk)
