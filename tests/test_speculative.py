@@ -477,6 +477,14 @@ def test_exactly_enough_capacity(model, draft, kind):
         lj.speculate(model, [[1, 2, 3]], cache=lj.Static(need - 1), **options)
 
 
+def test_a_cache_that_grows_beside_one_with_exactly_enough(model):
+    """Growing one for the last rounds does not ask the other for more than the text needs."""
+    prompts = [[1 + i % 9 for i in range(62)], [4]]
+    plain = lj.generate(model, prompts, max_new_tokens=4)
+    result = lj.speculate(model, prompts, draft=model, max_new_tokens=4, draft_cache=lj.Dynamic())
+    assert result.rows() == plain.rows()
+
+
 @pytest.mark.exhaustive
 def test_one_token_and_one_draft(model, draft):
     """The smallest of everything."""

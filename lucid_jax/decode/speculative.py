@@ -270,8 +270,10 @@ def _with_room(loop: _Loop, need: int, width: int) -> tuple[_Loop, np.int32]:
 
     longest = int(np.max(np.where(loop.done, 0, loop.filled)))
     if longest > bound(loop):
+        # No more than rows can come to need: layers of fixed size beside them have just that.
+        slots = min(longest + width, need)
         grown = [
-            None if state is None else core.ensure_capacity(state, width + 2)
+            None if state is None else core.grow(state, slots)
             for state in (loop.cache, loop.draft_cache)
         ]
         loop = loop.replace(cache=grown[0], draft_cache=grown[1])
