@@ -537,6 +537,10 @@ def test_bad_drafts(model, draft):
     two = make_model(0, layers=2)
     with pytest.raises(ValueError, match="one capacity"):
         lj.speculate(two, PROMPTS, cache=[lj.Static(40), lj.Static(50)], **tree)
+    placed = Transformer(model.config, rope_by_place=True, rngs=nnx.Rngs(0))
+    for target, one in ((placed, draft), (model, placed)):
+        with pytest.raises(ValueError, match=r"rope_by_place=True.*use a chain"):
+            lj.speculate(target, PROMPTS, draft=lj.Tree(one), max_new_tokens=4)
     with pytest.raises(ValueError, match="branching"):
         lj.speculate(model, PROMPTS, draft=lj.Tree(draft, ()), max_new_tokens=4)
     with pytest.raises(ValueError, match="at least min_ngram"):

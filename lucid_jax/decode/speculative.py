@@ -230,6 +230,11 @@ def _drafter(
                 "a tree of drafts needs a model that sees all earlier tokens in every layer, got "
                 f"windows {one.windows}; use a chain: draft=model"
             )
+        if one.rope_by_place:
+            raise ValueError(
+                "a tree of drafts needs models whose rotary positions go along a branch, got one with "
+                "rope_by_place=True, which counts places in the cache; use a chain: draft=model"
+            )
     return TreeDrafter(graph, Topology(tuple(draft.branching))), draft_model
 
 
