@@ -472,6 +472,14 @@ def test_bad_prompts(model):
     assert len(cache) == 0
 
 
+def test_a_list_of_specs_that_changes_later(model):
+    """The prompt cache goes on as it was made."""
+    listed = [lj.Static(60), lj.Static(60)]
+    cache = caching(model, listed)
+    listed[0] = lj.Sliding(5)
+    assert cache.prefill([TEXT]).cache.layers[0].spec == lj.Static(60)
+
+
 def test_another_cache_beside_it(model):
     with pytest.raises(ValueError, match="leave out cache="):
         generate(model, [[1]], max_new_tokens=2, cache=lj.Static(9), prompt_cache=caching(model))

@@ -128,7 +128,8 @@ class PromptCache:
         """
         self.max_bytes = check_count(max_bytes, "max_bytes")
         self.chunk = check_count(chunk, "chunk", 1)
-        self.spec = spec
+        # Not the caller's list, which may change.
+        self.spec = tuple(spec) if isinstance(spec, Sequence) else spec
         self._model = model
         self._graph, self._params = nnx.split(model)
         self._weights = jax.tree.leaves(self._params)  # as they are now: the model may get others
