@@ -366,7 +366,13 @@ def test_a_save_that_fails_leaves_the_old_one(model, folder, monkeypatch):
 def test_other_models_and_specs_are_refused(model, folder):
     """Other weights, even one; other settings; another spec. In one folder both may be saved."""
     other = tiny(seed=4)
-    for stranger in (other, tiny(layers=1), tiny(rope_by_place=True)):
+    one, two = tiny(), tiny()  # as the model, but for one number, and two that changed places
+    table = one.embed_tokens.embedding[...]
+    one.embed_tokens.embedding.set_value(table.at[41, 7].add(1))
+    two.embed_tokens.embedding.set_value(
+        table.at[jnp.array([41, 42])].set(table[jnp.array([42, 41])])
+    )
+    for stranger in (other, one, two, tiny(layers=1), tiny(rope_by_place=True)):
         with pytest.raises(
             lj.CacheFileError, match=r"another model .* with the model it was saved"
         ):

@@ -236,7 +236,7 @@ class PromptCache:
 
         Args:
             folder: what `save` was given.
-            model: the model it was saved for. Its configuration and some numbers of each weight are
+            model: the model it was saved for. Its configuration and a checksum of each weight are
                 compared.
             spec: the spec it was saved with.
             max_bytes: as for a new one.

@@ -26,7 +26,6 @@ from lucid_jax.sealed import Mismatch, short
 _INDEX = "index.json"
 _FORMAT, _VERSION = "lucid_jax.prompts", 1
 _KIND = sealed.Kind(_FORMAT, "1", "file of a prompt cache", written_by="PromptCache.save")
-_SAMPLE = 64  # numbers of each weight that tell models apart
 
 
 def write(
@@ -137,7 +136,7 @@ def _check_about(found: dict[str, Any], expected: dict[str, Any]) -> None:
 
 
 def _model_digest(model: Any) -> str:
-    """Tells models apart: a hash of configuration, settings, and some numbers of each weight."""
+    """Tells models apart: a hash of configuration, settings, and a checksum of each weight."""
     digest = hashlib.sha256(repr(model.config).encode())
     for path, module in nnx.iter_graph(model):
         if isinstance(module, nnx.Module):
@@ -147,17 +146,26 @@ def _model_digest(model: Any) -> str:
                 if isinstance(value, (bool, int, float, str))
             )
             digest.update(repr((path, settings)).encode())
-    samples = jax.device_get(_sample(nnx.state(model, nnx.Param)))
-    for path, leaf in jax.tree_util.tree_leaves_with_path(samples):
-        digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype}".encode())
-        digest.update(np.asarray(leaf, order="C").view(np.uint8).data)
+    params = nnx.state(model, nnx.Param)
+    sums = jax.tree.leaves(jax.device_get(_checksums(params)))
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    for (path, leaf), checksum in zip(leaves, sums, strict=True):
+        name = jax.tree_util.keystr(path)
+        digest.update(f"{name} {leaf.dtype} {leaf.shape} {checksum}".encode())
     return digest.hexdigest()
 
 
 @jax.jit
-def _sample(params: Any) -> Any:
-    """A few numbers of each weight, evenly spread."""
-    return jax.tree.map(lambda x: jnp.ravel(x)[:: max(1, x.size // _SAMPLE)], params)
+def _checksums(params: Any) -> Any:
+    """A number of all bits of each weight, uint32 []: one that changes or moves changes it."""
+
+    def of(leaf: jax.Array) -> jax.Array:
+        words = jnp.dtype(f"uint{min(32, 8 * leaf.dtype.itemsize)}")
+        bits = jnp.ravel(jax.lax.bitcast_convert_type(leaf, words)).astype(jnp.uint32)
+        # By an odd number of its own, as otherwise two that change places would go unseen.
+        return jnp.sum(bits * (2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1), dtype=jnp.uint32)
+
+    return jax.tree.map(of, params)
 
 
 def _abstract(model: Any, spec: Any, chunk: int) -> Content:
