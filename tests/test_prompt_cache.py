@@ -427,6 +427,10 @@ DAMAGES = {
     "no chunks": (_edit_index(lambda index: index.update(chunks=[["a"]])), "pairs of names"),
     "no about": (_edit_index(lambda index: index.update(about={})), "what the chunks are of"),
     "chunk size": (_edit_index(lambda index: index["about"].update(chunk=4)), "got none"),
+    "huge chunks": (
+        _edit_index(lambda index: index["about"].update(chunk=10**18)),
+        "what the chunks are of",
+    ),
     "orphans": (_edit_index(lambda index: index["chunks"].pop()), "after the one it follows"),
     "twice": (
         _edit_index(lambda index: index["chunks"].append(index["chunks"][-1])),

@@ -200,7 +200,7 @@ def _index(folder: Path) -> dict[str, Any]:
         not isinstance(about, dict)
         or set(about) != {"model", "cache", "chunk"}
         or type(about["chunk"]) is not int
-        or about["chunk"] < 1
+        or not 1 <= about["chunk"] < 1 << 31
     ):
         raise Mismatch(f"expected what the chunks are of, got {short(about)}")
     if not isinstance(chunks, list) or not all(
