@@ -325,6 +325,7 @@ def test_fewer_hypotheses_than_beams():
         ({"length_penalty": 1e3}, "length_penalty=1000"),
         ({"length_penalty": -1e3}, "positive float32"),
         ({"repetition_penalty": 0.0}, "repetition_penalty"),
+        ({"prefill_chunk": 0}, "prefill_chunk must be at least 1"),
         ({"stop_tokens": range(64)}, "at least one must not be a stop token"),
         ({"history": "trees"}, "history must be 'tree', 'reorder' or 'gather'"),
         ({"cache": lj.Static(5)}, "do not fit"),

@@ -541,6 +541,8 @@ def test_bad_drafts(model, draft):
     for target, one in ((placed, draft), (model, placed)):
         with pytest.raises(ValueError, match=r"rope_by_place=True.*use a chain"):
             lj.speculate(target, PROMPTS, draft=lj.Tree(one), max_new_tokens=4)
+    with pytest.raises(ValueError, match=r"of 24, got branching=\(2, 25\)"):
+        lj.speculate(model, PROMPTS, draft=lj.Tree(draft, (2, 25)), max_new_tokens=4)
     with pytest.raises(ValueError, match="branching"):
         lj.speculate(model, PROMPTS, draft=lj.Tree(draft, ()), max_new_tokens=4)
     with pytest.raises(ValueError, match="at least min_ngram"):

@@ -169,6 +169,7 @@ def beam_search(
         check_count(num_beams, "num_beams", 1),
         check_count(max_new_tokens, "max_new_tokens", 1),
     )
+    check_count(prefill_chunk, "prefill_chunk", 1)
     returned = check_count(num_return_sequences, "num_return_sequences", 1)
     if returned > width:
         raise ValueError(

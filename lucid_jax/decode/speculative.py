@@ -235,7 +235,13 @@ def _drafter(
                 "a tree of drafts needs models whose rotary positions go along a branch, got one with "
                 "rope_by_place=True, which counts places in the cache; use a chain: draft=model"
             )
-    return TreeDrafter(graph, Topology(tuple(draft.branching))), draft_model
+    tree = Topology(tuple(draft.branching))
+    if max(tree.branching) > model.config.vocab_size:
+        raise ValueError(
+            f"the children of a node are different tokens, of {model.config.vocab_size}, got "
+            f"branching={tree.branching}; use fewer"
+        )
+    return TreeDrafter(graph, tree), draft_model
 
 
 def _check_can_take_back(state: core.CacheState, drafter: Drafter, name: str) -> None:
