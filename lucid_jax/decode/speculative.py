@@ -157,11 +157,12 @@ def speculate(
     if draft_model is None and draft_cache is not None:
         raise ValueError("NGram() has no model, so no draft_cache; leave it out")
     tokens, lengths = pad_prompts(prompts, model.config.vocab_size)
+    batch, longest = tokens.shape
     spare = 0 if drafter.tree is None else drafter.tree.nodes - drafter.tree.depth
 
     def prefilled(one: Any, spec: Any, name: str) -> tuple[Any, Any, jax.Array, core.CacheState]:
         state = open_cache(
-            one, spec, *tokens.shape, max_new_tokens, spare=spare, slack=drafter.width
+            one, spec, batch, longest, max_new_tokens, spare=spare, slack=drafter.width
         )
         _check_can_take_back(state, drafter, name)
         graph, params = nnx.split(one)
