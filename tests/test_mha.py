@@ -11,6 +11,7 @@ from flax import nnx
 import lucid_jax as lj
 import lucid_jax.nn as nn
 from lucid_jax.attention.dense import dot_product
+from lucid_jax.nn import rope
 from tests.helpers import filled, make, queries, snapshot, tokens
 from tests.test_wrapper import assert_contents, contents
 
@@ -400,6 +401,98 @@ def test_cross_attention_to_encoders_of_unequal_length():
 
 
 # --- errors --------------------------------------------------------------------------------------
+
+
+def test_normalized_queries_and_keys_and_biases_of_their_own():
+    """q_norm and k_norm act per head before rotation; out_bias is apart from use_bias."""
+
+    def norm(width):
+        made = nn.Norm(width, kind="rms", epsilon=1e-6)
+        made.scale.set_value(1 + 0.5 * jnp.sin(jnp.arange(width, dtype=jnp.float32)))
+        return made
+
+    attention = build(use_bias=True, out_bias=False, qk_norm=norm)
+    assert attention.q_proj.bias is not None and attention.o_proj.bias is None
+    assert build(use_bias=True).o_proj.bias is not None
+    # The same by hand: normalizing what a module without norms projects.
+    plain = build(use_bias=True, out_bias=False)
+    x = hidden()
+    scale = np.asarray(attention.q_norm.scale[...])
+
+    def normalized(layer):
+        y = np.asarray(layer(x)).reshape(B, T, -1, attention.head_dim)
+        return (y / np.sqrt(np.mean(y**2, axis=-1, keepdims=True) + 1e-6) * scale).swapaxes(1, 2)
+
+    positions = jnp.arange(T, dtype=jnp.int32)
+    query, key = (
+        rope(jnp.asarray(normalized(layer)), positions, 100.0)
+        for layer in (plain.q_proj, plain.k_proj)
+    )
+    value = plain.v_proj(x).reshape(B, T, -1, attention.head_dim).swapaxes(1, 2)
+    out = dot_product(query, key, value).swapaxes(1, 2).reshape(B, T, -1)
+    close(whole(attention, x), plain.o_proj(out))
+
+
+@pytest.mark.parametrize("kind", ["rms", "rms+1", "layer"])
+def test_norms(kind):
+    """Against the textbook, and in the input's dtype."""
+    norm = nn.Norm(6, kind=kind, epsilon=1e-3)
+    norm.scale.set_value(jnp.linspace(-1, 2, 6, dtype=jnp.float32))
+    x = hidden(width=6) + 2
+    wide = np.float64(x)
+    if kind == "layer":
+        norm.bias.set_value(jnp.linspace(3, 4, 6, dtype=jnp.float32))
+        wide = wide - wide.mean(-1, keepdims=True)
+    wide = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 1e-3)
+    wide = wide * (np.linspace(-1, 2, 6) + (kind == "rms+1"))
+    wide = wide + (np.linspace(3, 4, 6) if kind == "layer" else 0)
+    close(norm(x), wide)
+    assert norm(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+
+
+def test_a_rope_is_taken_wherever_a_theta_is():
+    """Scaled frequencies: in the module, at attention by place, and the same for Rope(theta)."""
+    scaled = nn.Rope(100.0, nn.Linear(4.0))
+    x = hidden()
+    attention = build(rope_theta=scaled)
+    plain = whole(build(rope_theta=nn.Rope(100.0)), x)
+    np.testing.assert_array_equal(plain, whole(build(rope_theta=100.0), x))
+    assert np.abs(whole(attention, x) - plain).max() > 1e-3
+    by_place = build(rope_theta=scaled, rope_by_place=True)
+    out, _ = by_place(x, cache=pure(attention))
+    close(out, whole(attention, x))  # nothing was dropped: places are positions
+
+
+def test_scaled_frequencies():
+    """Against values worked out by hand."""
+    plain = nn.Rope(10000.0).frequencies(8)
+    close(plain, [1, 0.1, 0.01, 0.001])
+    close(nn.Rope(10000.0, nn.Linear(8.0)).frequencies(8), plain / 8)
+    # 64 positions turn 10.2, 1.02, 0.1 and 0.01 times: the first is kept, the second nearly divided.
+    llama = nn.Rope(10000.0, nn.Llama3(4.0, 1.0, 4.0, 64)).frequencies(8)
+    kept = (64 * 0.1 / (2 * np.pi) - 1) / 3
+    close(llama, [1, 0.1 * (kept + (1 - kept) / 4), 0.01 / 4, 0.001 / 4])
+    # Turns of 32 and 1 lie at dimensions -0.5 and 1.01: a ramp from 0 to 2.
+    yarn = nn.Rope(10000.0, nn.Yarn(4.0, 64))
+    close(yarn.frequencies(8), [1, 0.1 * (0.5 + 0.5 / 4), 0.01 / 4, 0.001 / 4])
+    assert yarn.attention_scale == pytest.approx(1 + 0.1 * np.log(4))
+    assert nn.Rope(1.5, nn.Yarn(4.0, 64, attention_factor=0.5)).attention_scale == 0.5
+    assert hash(yarn) == hash(nn.Rope(10000.0, nn.Yarn(4.0, 64)))
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: nn.Rope(0.0), "theta of Rope must be a positive number, got 0.0"),
+        (lambda: nn.Linear(-1.0), "factor of Linear"),
+        (lambda: nn.Yarn(2.0, 0), "original_max_position_embeddings of Yarn"),
+        (lambda: nn.Llama3(2.0, 4.0, 4.0, 64), "must be below high_freq_factor"),
+    ],
+)
+def test_frequencies_that_cannot_be(make, match):
+    """Said when made."""
+    with pytest.raises(ValueError, match=match):
+        make()
 
 
 @pytest.mark.parametrize(
