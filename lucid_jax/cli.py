@@ -299,19 +299,23 @@ def _generate_with_drafts(
         folder = embedded_draft_path() if options.draft == "embedded" else options.draft
         draft, _ = load_model(folder, jnp.dtype(options.dtype))
     drafts = 4
-    if isinstance(spec, Sliding):
-        spec = dataclasses.replace(spec, slack=drafts)  # what may be taken back
+
+    def with_slack(one: LayerSpec) -> LayerSpec:  # so many tokens may be taken back
+        return dataclasses.replace(one, slack=drafts) if isinstance(one, Sliding) else one
+
+    spec = [with_slack(one) for one in spec] if isinstance(spec, list) else with_slack(spec)
     run = partial(
         speculate, model, [prompt], draft=draft, draft_tokens=drafts, cache=spec,
         max_new_tokens=options.max_new_tokens, sampling=sampling, seed=options.seed,
-        stop_tokens=[tokenizer.end_of_text_id],
+        stop_tokens=model.config.eos_token_ids,
     )  # fmt: skip
     run()  # compiles
     started = time.perf_counter()
     result = run()
     seconds = time.perf_counter() - started
     (new,) = result.rows()
-    text = tokenizer.decode([token for token in new if token != tokenizer.end_of_text_id])
+    stream = tokenizer.stream(after=prompt)
+    text = "".join([*map(stream.push, new), stream.flush()])
     print(f"{options.prompt}{text}\n")
     print(f"decode:  {len(new)} tokens at {len(new) / seconds:,.0f} tokens/s, prefill included")
     print(

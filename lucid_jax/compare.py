@@ -170,7 +170,7 @@ def compare(
 
     Args:
         model: as for `generate`.
-        tokenizer: has `decode(ids)` and `end_of_text_id`, which ends a text.
+        tokenizer: has `decode(ids)`.
         prompt: token ids.
         caches: specs by name.
         max_new_tokens: as for `generate`.
@@ -187,7 +187,7 @@ def compare(
         "max_new_tokens": max_new_tokens,
         "sampling": sampling,
         "seed": seed,
-        "stop_tokens": [tokenizer.end_of_text_id],
+        "stop_tokens": model.config.eos_token_ids,
     }
     results = {
         name: generate(model, [prompt], cache=spec, **options) for name, spec in caches.items()
@@ -228,8 +228,7 @@ def run_compare(
     seed: int,
 ) -> Comparison:
     """`compare` for the command line: prints the table."""
-    # A document begins after a separator, in training as here.
-    prompt = [tokenizer.end_of_text_id, *tokenizer.encode(text)]
+    prompt = tokenizer.encode_prompt(text)
     need = len(prompt) + max_new_tokens - 1
     specs = default_caches(need) if caches is None else parse_caches(caches, need)
     comparison = compare(

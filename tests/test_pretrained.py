@@ -71,7 +71,19 @@ def check_logits(name, spec):
     np.testing.assert_allclose(steps, expected["steps"], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("name", NAMES)
+EVERYDAY = (
+    "gemma3",
+    "gpt2",
+    "llama3",
+    "qwen2",
+    "qwen3",
+)  # whatever makes a family differ is in these
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[] if n in EVERYDAY else [pytest.mark.exhaustive]) for n in NAMES],
+)
 def test_logits_are_transformers(name):
     """In the caches that the model asks for: rings of 8 where it has windows."""
     model = loaded(name)[0]
@@ -681,6 +693,31 @@ def test_the_command_line_takes_such_a_folder(tmp_path, capsys):
     stops = model.config.eos_token_ids
     (new,) = generate(model, [prompt], max_new_tokens=16, stop_tokens=stops).rows()
     assert text == tokenizer.decode(prompt + new)
+
+
+@pytest.mark.exhaustive
+def test_commands_that_compare_and_draft_take_such_a_folder(tmp_path, capsys):
+    """A tokenizer without `<|endoftext|>`, and windows from which drafts are taken back."""
+    from lucid_jax import cli
+
+    folder = copy_of("mistral", tmp_path)
+    small_tokenizer("llama").save(str(folder / "tokenizer.json"))
+    change_config(folder, vocab_size=600)
+    table = np.random.default_rng(0).standard_normal((600, 32), np.float32)
+    wide = ("model.embed_tokens.weight", "lm_head.weight")
+    change_tensors(folder, lambda t: {n: table if n in wide else x for n, x in t.items()})
+    common = ["some text", "--checkpoint", str(folder), "--max-new-tokens", "14"]
+    greedy = [*common, "--temperature", "0"]
+    plain = ["--repetition-penalty", "1", "--top-p", "1"]
+    assert cli.main(["generate", *greedy, *plain, "--draft", "ngram"]) == 0
+    drafted = capsys.readouterr().out.split("\n\ndecode: ")[0]
+    model, tokenizer = load_pretrained(folder)
+    prompt = tokenizer.encode_prompt("some text")
+    stops = model.config.eos_token_ids
+    (new,) = generate(model, [prompt], max_new_tokens=14, stop_tokens=stops).rows()
+    assert drafted == tokenizer.decode(prompt + new)
+    assert cli.main(["compare", *greedy, "--caches", "static,sliding:8"]) == 0
+    assert "all caches gave the same tokens" in capsys.readouterr().out
 
 
 # --- padded batches ---------------------------------------------------------------------------------
