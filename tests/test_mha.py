@@ -452,7 +452,7 @@ def test_norms(kind):
 
 def test_a_rope_is_taken_wherever_a_theta_is():
     """Scaled frequencies: in the module, at attention by place, and the same for Rope(theta)."""
-    scaled = nn.Rope(100.0, nn.Linear(4.0))
+    scaled = nn.Rope(100.0, nn.LinearScaling(4.0))
     x = hidden()
     attention = build(rope_theta=scaled)
     plain = whole(build(rope_theta=nn.Rope(100.0)), x)
@@ -467,26 +467,26 @@ def test_scaled_frequencies():
     """Against values worked out by hand."""
     plain = nn.Rope(10000.0).frequencies(8)
     close(plain, [1, 0.1, 0.01, 0.001])
-    close(nn.Rope(10000.0, nn.Linear(8.0)).frequencies(8), plain / 8)
+    close(nn.Rope(10000.0, nn.LinearScaling(8.0)).frequencies(8), plain / 8)
     # 64 positions turn 10.2, 1.02, 0.1 and 0.01 times: the first is kept, the second nearly divided.
-    llama = nn.Rope(10000.0, nn.Llama3(4.0, 1.0, 4.0, 64)).frequencies(8)
+    llama = nn.Rope(10000.0, nn.Llama3Scaling(4.0, 1.0, 4.0, 64)).frequencies(8)
     kept = (64 * 0.1 / (2 * np.pi) - 1) / 3
     close(llama, [1, 0.1 * (kept + (1 - kept) / 4), 0.01 / 4, 0.001 / 4])
     # Turns of 32 and 1 lie at dimensions -0.5 and 1.01: a ramp from 0 to 2.
-    yarn = nn.Rope(10000.0, nn.Yarn(4.0, 64))
+    yarn = nn.Rope(10000.0, nn.YarnScaling(4.0, 64))
     close(yarn.frequencies(8), [1, 0.1 * (0.5 + 0.5 / 4), 0.01 / 4, 0.001 / 4])
     assert yarn.attention_scale == pytest.approx(1 + 0.1 * np.log(4))
-    assert nn.Rope(1.5, nn.Yarn(4.0, 64, attention_factor=0.5)).attention_scale == 0.5
-    assert hash(yarn) == hash(nn.Rope(10000.0, nn.Yarn(4.0, 64)))
+    assert nn.Rope(1.5, nn.YarnScaling(4.0, 64, attention_factor=0.5)).attention_scale == 0.5
+    assert hash(yarn) == hash(nn.Rope(10000.0, nn.YarnScaling(4.0, 64)))
 
 
 @pytest.mark.parametrize(
     ("make", "match"),
     [
         (lambda: nn.Rope(0.0), "theta of Rope must be a positive number, got 0.0"),
-        (lambda: nn.Linear(-1.0), "factor of Linear"),
-        (lambda: nn.Yarn(2.0, 0), "original_max_position_embeddings of Yarn"),
-        (lambda: nn.Llama3(2.0, 4.0, 4.0, 64), "must be below high_freq_factor"),
+        (lambda: nn.LinearScaling(-1.0), "factor of LinearScaling"),
+        (lambda: nn.YarnScaling(2.0, 0), "original_max_position_embeddings of YarnScaling"),
+        (lambda: nn.Llama3Scaling(2.0, 4.0, 4.0, 64), "must be below high_freq_factor"),
     ],
 )
 def test_frequencies_that_cannot_be(make, match):

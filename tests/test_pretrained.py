@@ -406,6 +406,20 @@ def test_windows_in_old_configs():
     assert windows("llama", sliding_window=6) == (None,) * 4  # Llama has none
 
 
+def test_old_and_new_keys_of_scaled_positions():
+    """`rope_scaling` beside `rope_theta` and `rope_parameters` say the same; YaRN's two scales too."""
+    text = (FIXTURES / "llama3" / "config.json").read_text()
+    values = json.loads(text)
+    table = values.pop("rope_parameters")
+    theta = table.pop("rope_theta")
+    old = {**values, "rope_theta": theta, "rope_scaling": table}
+    assert ModelConfig.from_json(json.dumps(old)) == ModelConfig.from_json(text)
+    scales = {"type": "yarn", "factor": 4.0, "mscale": 1.0, "mscale_all_dim": 0.5}
+    rope = ModelConfig.from_json(json.dumps({**old, "rope_scaling": scales})).rope(0)
+    assert rope.attention_scale == pytest.approx((1 + 0.1 * np.log(4)) / (1 + 0.05 * np.log(4)))
+    assert rope.scaling.original_max_position_embeddings == values["max_position_embeddings"]
+
+
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
@@ -426,7 +440,11 @@ def test_windows_in_old_configs():
             {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "bend": 1}},
             "has bend for rope_type='linear'",
         ),
-        ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 0}}, "factor of Linear"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "linear", "factor": 0}},
+            "factor of LinearScaling",
+        ),
         ("llama", {"vocab_size": None}, "vocab_size must be a positive integer"),
         (
             "qwen2",

@@ -16,7 +16,7 @@ from jax import lax
 
 
 @dataclasses.dataclass(frozen=True)
-class Linear:
+class LinearScaling:
     """Positions divided by `factor` (Chen et al., 2023, "Position Interpolation")."""
 
     factor: float
@@ -32,7 +32,7 @@ class Linear:
 
 
 @dataclasses.dataclass(frozen=True)
-class Llama3:
+class Llama3Scaling:
     """Long wavelengths divided by `factor`, short ones kept, a ramp between (Llama 3.1).
 
     Attributes:
@@ -70,7 +70,7 @@ class Llama3:
 
 
 @dataclasses.dataclass(frozen=True)
-class Yarn:
+class YarnScaling:
     """YaRN (Peng et al., 2023): a ramp over dimensions, and sharper attention.
 
     Attributes:
@@ -118,8 +118,12 @@ class Yarn:
         return divided * plain / self.factor + (1 - divided) * plain
 
 
-Scaling: TypeAlias = Linear | Llama3 | Yarn
-SCALINGS: dict[str, type[Scaling]] = {"linear": Linear, "llama3": Llama3, "yarn": Yarn}
+Scaling: TypeAlias = LinearScaling | Llama3Scaling | YarnScaling
+SCALINGS: dict[str, type[Scaling]] = {
+    "linear": LinearScaling,
+    "llama3": Llama3Scaling,
+    "yarn": YarnScaling,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +135,7 @@ class Rope:
       scaling: how they were stretched to a longer context, if they were.
 
     Example:
-      >>> Rope(10000.0, Linear(4.0)).frequencies(4).tolist()
+      >>> Rope(10000.0, LinearScaling(4.0)).frequencies(4).tolist()
       [0.25, 0.0024999999441206455]
     """
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lucid_jax.attention.rope import SCALINGS, Rope, Scaling, Yarn
+from lucid_jax.attention.rope import SCALINGS, Rope, Scaling, YarnScaling
 from lucid_jax.models.families import FAMILIES, Family
 
 # A config.json must name these; our defaults for them are those of the embedded model.
@@ -397,7 +397,7 @@ def _scaling(table: Mapping[str, Any], length: Any) -> Scaling | None:
     if kind == "yarn":
         both = given.pop("mscale", None), given.pop("mscale_all_dim", None)
         if all(both) and "attention_factor" not in given and "factor" in given:
-            plain = Yarn(given["factor"], length).attention_scale - 1
+            plain = YarnScaling(given["factor"], length).attention_scale - 1
             top, bottom = (1 + plain * m for m in both)  # DeepSeek's: the ratio of two scales
             given["attention_factor"] = top / bottom
     unknown = sorted(set(given) - set(wanted))

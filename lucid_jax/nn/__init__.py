@@ -1,6 +1,6 @@
 """Stateful caches with the `lucid.nn` API, and flax modules that take a cache."""
 
-from lucid_jax.attention.rope import Linear, Llama3, Rope, Yarn, rope
+from lucid_jax.attention.rope import LinearScaling, Llama3Scaling, Rope, YarnScaling, rope
 from lucid_jax.nn.cache import (
     Cache,
     DynamicKVCache,
@@ -16,12 +16,12 @@ __all__ = [
     "DynamicKVCache",
     "EncoderDecoderCache",
     "KVCache",
-    "Linear",
-    "Llama3",
+    "LinearScaling",
+    "Llama3Scaling",
     "MultiHeadAttention",
     "Norm",
     "Rope",
     "StaticKVCache",
-    "Yarn",
+    "YarnScaling",
     "rope",
 ]
