@@ -9,6 +9,7 @@ from lucid_jax.attention.attend import attend, extend, merge
 from lucid_jax.cache import codec as codecs
 from lucid_jax.cache import scoring
 from lucid_jax.cache.contiguous import Dynamic, Static
+from lucid_jax.cache.encoder_decoder import EncoderDecoderState
 from lucid_jax.cache.layer import Layer, LayerSpec
 from lucid_jax.cache.ring import Sliding
 from lucid_jax.cache.rows import compact, concat, extract, free, insert
@@ -79,6 +80,7 @@ __all__ = [
     "CacheFileError",
     "CacheState",
     "Dynamic",
+    "EncoderDecoderState",
     "Float16",
     "Float32",
     "Float64",

@@ -1,4 +1,4 @@
-"""The reference transformer, its checkpoints, and the small trained model that ships with it.
+"""The reference transformer, its checkpoints, the small trained model that ships with it, and T5.
 
 `load_model`, `load_pretrained` and `save_model` are imported when first asked for: planning a cache
 needs no reader of files.
@@ -7,11 +7,15 @@ needs no reader of files.
 from typing import Any
 
 from lucid_jax.models.config import ModelConfig
+from lucid_jax.models.t5 import T5
+from lucid_jax.models.t5_config import T5Config
 from lucid_jax.models.transformer import Transformer
 
 __all__ = [
+    "T5",
     "CheckpointError",
     "ModelConfig",
+    "T5Config",
     "Transformer",
     "embedded_draft_path",
     "load_model",

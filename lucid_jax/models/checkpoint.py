@@ -16,7 +16,10 @@ import safetensors.numpy
 from flax import nnx
 from jax.typing import DTypeLike
 
-from lucid_jax.models.config import ModelConfig, one_or_several
+from lucid_jax.models.config import ModelConfig, one_or_several, read_object
+from lucid_jax.models.t5 import T5
+from lucid_jax.models.t5_config import T5Config
+from lucid_jax.models.t5_weights import load_t5
 from lucid_jax.models.transformer import Transformer
 from lucid_jax.models.weights import (
     WEIGHTS,
@@ -35,11 +38,11 @@ _CONFIG, _GENERATION, _TOKENIZER = "config.json", "generation_config.json", "tok
 
 def load_pretrained(
     directory: Path | str, dtype: DTypeLike = jnp.float32, *, rope_by_place: bool = False
-) -> tuple[Transformer, Tokenizer | None]:
+) -> tuple[Transformer | T5, Tokenizer | None]:
     """Reads a checkpoint folder as it comes from the Hugging Face hub.
 
     Of the families in `families.FAMILIES`: Llama 2 and 3, Mistral, Qwen 2, 2.5 and 3, Gemma 2 and 3,
-    GPT-2. Weights are read one tensor at a time.
+    GPT-2; and T5 (1.0, 1.1, Flan), which comes as a `T5`. Weights are read one tensor at a time.
 
     Args:
       directory: holds config.json; model.safetensors, or model.safetensors.index.json and the files
@@ -60,6 +63,10 @@ def load_pretrained(
     folder = Path(directory)
     config = _read_config(folder)
     tokenizer = _read_tokenizer(folder, config) if (folder / _TOKENIZER).is_file() else None
+    if isinstance(config, T5Config):
+        if rope_by_place:
+            raise ValueError("rope_by_place=True is for rotary positions, and T5 has none; drop it")
+        return load_t5(folder, config, dtype), tokenizer
     # Abstract: the shapes to fill, without drawing random weights first.
     param_dtype = jnp.dtype(dtype)
     model = nnx.eval_shape(
@@ -94,6 +101,11 @@ def load_model(
     _need(folder, _CONFIG)
     _need(folder, _TOKENIZER)
     model, tokenizer = load_pretrained(folder, dtype, rope_by_place=rope_by_place)
+    if not isinstance(model, Transformer):
+        raise CheckpointError(
+            f"{folder} holds an encoder-decoder, which continues no text by itself; read it with "
+            "load_pretrained, and see T5.given"
+        )
     assert tokenizer is not None
     return model, tokenizer
 
@@ -165,11 +177,14 @@ def _need(folder: Path, name: str) -> None:
         )
 
 
-def _read_config(folder: Path) -> ModelConfig:
+def _read_config(folder: Path) -> ModelConfig | T5Config:
     """config.json, with the first and last tokens that generation_config.json names, if it does."""
     _need(folder, _CONFIG)
+    config: ModelConfig | T5Config
     try:
-        config = ModelConfig.from_json((folder / _CONFIG).read_text("utf-8"))
+        text = (folder / _CONFIG).read_text("utf-8")
+        kind = T5Config if read_object(text).get("model_type") == "t5" else ModelConfig
+        config = kind.from_json(text)
     except ValueError as error:
         raise CheckpointError(f"{folder / _CONFIG}: {error}") from error
     path = folder / _GENERATION
@@ -181,15 +196,15 @@ def _read_config(folder: Path) -> ModelConfig:
             raise ValueError(f"expected an object, got {type(generation).__name__}")
         found = {
             name: one_or_several(generation[name])
-            for name in ("bos_token_id", "eos_token_id")
-            if generation.get(name) is not None
+            for name in ("bos_token_id", "eos_token_id", "decoder_start_token_id")
+            if hasattr(config, name) and generation.get(name) is not None
         }
         return dataclasses.replace(config, **found)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def _read_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer:
+def _read_tokenizer(folder: Path, config: ModelConfig | T5Config) -> Tokenizer:
     from lucid_jax.models.tokenizer import Tokenizer
 
     try:

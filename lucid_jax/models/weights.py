@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,22 +106,50 @@ def load_weights(model: Transformer, folder: Path, dtype: DTypeLike) -> None:
     Raises:
       CheckpointError: see `load_pretrained`.
     """
-    wanted = stored_tensors(model)
+    config = model.config
+    wanted = {stored_name(name, config.family): t for name, t in stored_tensors(model).items()}
+
+    def name_of(stored: str) -> str | None:
+        short = _unwrapped(stored)
+        tied = short == "lm_head.weight" and config.tie_word_embeddings  # the embeddings once more
+        return None if tied or _DERIVED.match(short) else stored_name(short, config.family)
+
+    fill_weights(wanted, folder, dtype, name_of)
+
+
+def fill_weights(
+    wanted: Mapping[str, Tensor],
+    folder: Path,
+    dtype: DTypeLike,
+    name_of: Callable[[str], str | None],
+) -> None:
+    """`load_weights` for the tensors of any model.
+
+    Args:
+      wanted: the tensors to fill, by name.
+      folder: holds the files.
+      dtype: dtype to convert to.
+      name_of: which of `wanted` a stored tensor is, by its name there; None for one to leave out.
+    """
     with contextlib.ExitStack() as stack:
         files = {path.name: stack.enter_context(_opened(path)) for path in _shards(folder)}
-        places = _places(folder, files)
         found = {
-            _unwrapped(name): (name, file)
-            for name, file in places.items()
-            if not _DERIVED.match(_unwrapped(name))
+            name: (stored, file)
+            for stored, file in _places(folder, files).items()
+            if (name := name_of(stored)) is not None
         }
-        if model.config.tie_word_embeddings:
-            found.pop("lm_head.weight", None)  # the embeddings, a second time
-        _check_names(folder, model.config.family, wanted, found)
-        for short, (name, file) in found.items():
-            _check_tensor(folder / file, name, files[file], wanted[short].shape)
-        for short, (name, file) in found.items():
-            wanted[short].fill(files[file].get_tensor(name), dtype)
+        _check_names(folder, wanted, found)
+        for name, (stored, file) in found.items():
+            _check_tensor(folder / file, stored, files[file], wanted[name].shape)
+        for name, (stored, file) in found.items():
+            wanted[name].fill(files[file].get_tensor(stored), dtype)
+
+
+def stored_names(folder: Path) -> set[str]:
+    """The names of all tensors of a folder."""
+    with contextlib.ExitStack() as stack:
+        files = {path.name: stack.enter_context(_opened(path)) for path in _shards(folder)}
+        return set(_places(folder, files))
 
 
 def _shards(folder: Path) -> Iterable[Path]:
@@ -190,10 +218,10 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def _check_names(
-    folder: Path, family: Family, wanted: Mapping[str, Any], found: Mapping[str, tuple[str, str]]
+    folder: Path, wanted: Mapping[str, Any], found: Mapping[str, tuple[str, str]]
 ) -> None:
-    missing = sorted(stored_name(name, family) for name in wanted if name not in found)
-    extra = sorted(name for short, (name, _) in found.items() if short not in wanted)
+    missing = sorted(name for name in wanted if name not in found)
+    extra = sorted(stored for name, (stored, _) in found.items() if name not in wanted)
     if missing or extra:
         raise CheckpointError(
             f"{folder} does not hold the {len(wanted)} tensors that config.json asks for: "

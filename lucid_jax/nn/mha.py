@@ -243,6 +243,25 @@ class MultiHeadAttention(nnx.Module):
             part.store(*new, layer_idx, cache_position)
         return self._merge_heads(part.attend(query, layer_idx, **options))
 
+    def store(
+        self,
+        encoder_hidden: jax.Array,
+        cache: core.CacheState,
+        layer_idx: int,
+        *,
+        lengths: ArrayLike | None = None,
+    ) -> core.CacheState:
+        """Stores the keys and values of an encoder's output: the part of cross-attention done once.
+
+        Args:
+          encoder_hidden: (B, S, kv_hidden_size).
+          cache: a pure cache, returned with them in it.
+          layer_idx: which layer of the cache.
+          lengths: int32 [B], ragged caches: how many of each row's S are real.
+        """
+        new = self._keys_values(encoder_hidden, None)
+        return core.update(cache, *new, layer_idx, lengths=lengths)
+
     def _keys_values(
         self, source: jax.Array, positions: jax.Array | None
     ) -> tuple[jax.Array, jax.Array]:
