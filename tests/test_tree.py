@@ -31,7 +31,7 @@ def _grown(spec):
     )
 
 
-_EVERYDAY = [("int4", "jitted"), ("tracked", "eager")]
+_EVERYDAY = [("int4", "jitted")]
 
 
 @pytest.mark.parametrize(
