@@ -184,7 +184,9 @@ def test_trees_on_every_layout_that_holds_them(model, draft, name, branching):
     plain = lj.generate(model, PROMPTS, max_new_tokens=40, cache=spec)
     roomy = lj.Static(80, spec.codec) if isinstance(spec, lj.Static) else spec
     for tree in (lj.Tree(draft, branching), lj.Tree(model, branching)):
-        result = lj.speculate(model, PROMPTS, draft=tree, max_new_tokens=40, cache=roomy)
+        result = lj.speculate(
+            model, PROMPTS, draft=tree, max_new_tokens=40, cache=roomy, draft_cache=roomy
+        )
         _check(result, plain)
         if tree.model is model:
             depth = len(branching)
