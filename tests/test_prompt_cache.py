@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import lucid_jax as lj
@@ -446,6 +446,23 @@ def test_damage_is_one_clear_error(model, folder, damage):
     harm(folder)
     with pytest.raises(lj.CacheFileError, match=f"cannot load .*{match}"):
         loaded(folder, model)
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_a_changed_index_is_refused_or_means_the_same(model, folder, data):
+    path = folder / "index.json"
+    good = path.read_bytes()
+    place = data.draw(st.integers(0, len(good) - 1))
+    path.write_bytes(good[:place] + bytes([data.draw(st.integers(0, 255))]) + good[place + 1 :])
+    try:
+        assert list(loaded(folder, model)._nodes) == [
+            name for name, _ in json.loads(good)["chunks"]
+        ]
+    except lj.CacheFileError as error:
+        assert str(error).startswith("cannot load ")
+    finally:
+        path.write_bytes(good)
 
 
 def test_no_folder(model, tmp_path):
