@@ -25,7 +25,7 @@ CODECS = {
     "int8": lj.codecs.Int8(rotate=True),
     "float8": lj.codecs.Float8(),
     "int4": lj.codecs.Int4(),
-    "kivi": lj.codecs.KIVI(group=4, residual=3),
+    "kivi": lj.codecs.KIVI(group=2, residual=1),  # a residual shorter than a chunk
     "kivi-odd": lj.codecs.KIVI(group=6, residual=11, rotate=True),  # groups and chunks cross
 }
 LAYOUTS = {
@@ -39,6 +39,7 @@ SPECS = {
     for word, codec in CODECS.items()
 }
 SPECS |= {
+    "tight": lj.Sliding(5, sinks=1, codec=CODECS["kivi"]),  # a ring shorter than a chunk
     "tracked": lj.Static(60, track=True),
     "mixed": [lj.Sliding(5, sinks=1), lj.Dynamic(lj.codecs.Int4())],
 }
@@ -86,7 +87,7 @@ def assert_equal(a, b):
 
 
 @pytest.mark.parametrize("ragged", [False, True])
-@pytest.mark.parametrize("spec", specs("static-kivi-odd"))
+@pytest.mark.parametrize("spec", specs("static-kivi"))
 def test_segments_of_a_text_give_its_cache(spec, ragged):
     """Cut after each chunk and joined in order; and one append later, too."""
     layers = 2 if isinstance(spec, list) else 1
