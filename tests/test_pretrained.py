@@ -398,7 +398,14 @@ def test_windows_in_old_configs():
     qwen = {"sliding_window": 6, "max_window_layers": 3}
     assert windows("qwen2", **qwen) == (None,) * 4
     assert windows("qwen2", **qwen, use_sliding_window=False) == (None,) * 4
+    assert windows("qwen2", **qwen, use_sliding_window=None) == (None,) * 4
+    assert windows("qwen2", sliding_window=6) == (None,) * 4  # off by default
     assert windows("qwen3", **qwen, use_sliding_window=True) == (None, None, None, 6)
+    on = {"use_sliding_window": True}  # from layer 28, of 4096 tokens, by default
+    assert windows("qwen2", **on, num_hidden_layers=30) == (None,) * 28 + (4096,) * 2
+    assert (
+        windows("mistral", sliding_window=6, use_sliding_window=False) == (6,) * 4
+    )  # unknown to it
     assert windows("gemma2", sliding_window=6) == (6, None, 6, None)
     gemma = {"num_hidden_layers": 7, "sliding_window": 6}
     assert windows("gemma3_text", **gemma) == (6,) * 5 + (None, 6)

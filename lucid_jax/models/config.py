@@ -271,7 +271,7 @@ class ModelConfig:
         if missing:
             raise ValueError(f"config.json lacks {', '.join(missing)}")
         if "layer_types" in family.reads:
-            fields |= _read_windows(values, fields)
+            fields |= _read_windows(values, fields, family)
         fields["eos_token_id"] = one_or_several(fields["eos_token_id"])
         return cls(model_type=kind, **fields)
 
@@ -299,7 +299,7 @@ class ModelConfig:
                 }
             if self.rope_local_theta is not None:
                 values["rope_local_base_freq"] = self.rope_local_theta
-        if "layer_types" in family.reads and self.sliding_window is not None:
+        if family.windows_from is not None and self.sliding_window is not None:
             values["use_sliding_window"] = True
         if dtype is not None:
             values["torch_dtype"] = dtype
@@ -329,18 +329,19 @@ def one_or_several(ids: Any) -> Any:
     return ids
 
 
-def _read_windows(values: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+def _read_windows(
+    values: Mapping[str, Any], fields: Mapping[str, Any], family: Family
+) -> dict[str, Any]:
     """`sliding_window` and `layer_types`, from the switches that stood for them before."""
     layers, window = fields["num_hidden_layers"], fields.get("sliding_window")
-    if values.get("use_sliding_window", True) is False or (
-        # Qwen's default is off, and its file then may still name a window.
-        "max_window_layers" in values and "use_sliding_window" not in values
-    ):
+    first = family.windows_from
+    if first is not None and not values.get("use_sliding_window"):
+        # Off unless switched on, and the file then may still name a window.
         return {"sliding_window": None, "layer_types": None}
     types = values.get("layer_types")
     if types is None and window is not None and isinstance(layers, int):
-        if "max_window_layers" in values:
-            first = values["max_window_layers"]
+        if first is not None:
+            first = values.get("max_window_layers", first)
             types = [_SLIDING if i >= first else _FULL for i in range(layers)]
         elif "sliding_window_pattern" in values:
             every = values["sliding_window_pattern"]

@@ -39,6 +39,8 @@ class Family:
       learned_positions: whether positions are learned, added to the embeddings; otherwise rotary.
       scaled_embeddings: whether embeddings are multiplied by sqrt(hidden_size).
       full_every: of layers with and without a window, every so-manyth has none; None: each has one.
+      windows_from: where config.json switches windows on by `use_sliding_window`, the first layer that
+        has one unless it says `max_window_layers`; None: where it has no such switch.
       reads: further fields of `ModelConfig` that config.json may set.
       keys: a field's key in config.json, where that differs.
       defaults: fields that config.json may leave out (transformers' defaults for the family).
@@ -57,6 +59,7 @@ class Family:
     learned_positions: bool = False
     scaled_embeddings: bool = False
     full_every: int | None = None
+    windows_from: int | None = None
     reads: tuple[str, ...] = ()
     keys: Mapping[str, str] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -92,12 +95,19 @@ FAMILIES: dict[str, Family] = {
         reads=_WINDOWS,
         defaults={"num_key_value_heads": 8, "sliding_window": 4096},
     ),
-    "qwen2": Family("Qwen2ForCausalLM", qkv_bias=True, reads=_WINDOWS),
+    "qwen2": Family(
+        "Qwen2ForCausalLM",
+        qkv_bias=True,
+        windows_from=28,
+        reads=_WINDOWS,
+        defaults={"sliding_window": 4096},
+    ),
     "qwen3": Family(
         "Qwen3ForCausalLM",
         qk_norm=True,
+        windows_from=28,
         reads=("attention_bias", *_WINDOWS),
-        defaults={"head_dim": 128},
+        defaults={"head_dim": 128, "sliding_window": 4096},
     ),
     "gemma2": Family(
         "Gemma2ForCausalLM",
