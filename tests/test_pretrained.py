@@ -656,6 +656,16 @@ def test_what_a_model_adds_keeps_its_first_space():
     assert tokenizer.decode(prompt + added) == "some text"
 
 
+def test_added_tokens_of_visible_spaces():
+    """Gemma adds tokens for runs of spaces: indented code must not come back as `▁▁▁▁`."""
+    module = pytest.importorskip("lucid_jax.models.tokenizer")
+    backend = small_tokenizer("gemma")
+    backend.add_tokens(["▁▁▁▁", "\n\n"])
+    tokenizer = module.Tokenizer(backend)
+    ids = [backend.token_to_id("\n\n"), backend.token_to_id("▁▁▁▁"), *tokenizer.encode("some")]
+    assert tokenizer.decode(ids) == backend.decode(ids) == "\n\n    some"
+
+
 def test_bos_as_tokenizer_config_says():
     """`add_bos_token` counts where the post-processor adds nothing, and only there."""
     tokenizers = pytest.importorskip("tokenizers")

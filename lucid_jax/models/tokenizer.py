@@ -211,9 +211,10 @@ class Tokenizer:
     def _bytes_of(self) -> dict[int, bytes]:
         vocab = self._backend.get_vocab(with_added_tokens=False)
         table = {token: self._spelling.bytes_of(text) for text, token in vocab.items()}
-        # Added tokens are stored as plain text.
+        plain = self._spelling.byte_level  # whose alphabet added tokens are not written in
         for token, added in self._backend.get_added_tokens_decoder().items():
-            table[token] = b"" if added.special else added.content.encode()
+            text = added.content.encode() if plain else self._spelling.bytes_of(added.content)
+            table[token] = b"" if added.special else text
         return table
 
 
