@@ -516,7 +516,7 @@ def test_missing_and_truncated_parts(folder):
     ("index", "message"),
     [
         ("{", "not valid JSON"),
-        ("[]", "must hold a weight_map"),
+        ("[]", "must hold an object"),
         ('{"weight_map": {}}', "must hold a weight_map"),
         ('{"weight_map": {"a": "../model.safetensors"}}', "name of a file in the same folder"),
         ('{"weight_map": {"a": "/etc/passwd"}}', "name of a file in the same folder"),
@@ -565,11 +565,81 @@ def test_tensors_of_another_family(tmp_path):
         load_pretrained(folder)
 
 
-@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
-def test_broken_json(folder, file):
+@pytest.mark.parametrize("content", ['{"eos_token_id": ', "null", "[" * 100_000])
+@pytest.mark.parametrize(
+    "file", ["config.json", "generation_config.json", "model.safetensors.index.json"]
+)
+def test_broken_json(folder, file, content):
     """The file is named."""
-    (folder / file).write_text('{"eos_token_id": ')
+    if "index" in file:
+        (folder / "model.safetensors").unlink()
+    (folder / file).write_text(content)
     with pytest.raises(CheckpointError, match=file):
+        load_pretrained(folder)
+
+
+# What a field may hold by mistake.
+ODD = ["x", "8", "", -1, 0, True, None, [], [1], [{}], {}, {"a": 1}, 1.5, 10**400, float("inf")]
+
+
+@pytest.mark.parametrize("name", ["llama", "yarn", "qwen2", "gemma3", "gpt2"])
+def test_odd_values_in_a_config(name):
+    """Each is accepted or a ValueError of one line, never another exception; so in nested objects."""
+    values = json.loads((FIXTURES / name / "config.json").read_text())
+    extra = ("rope_scaling", "rope_theta", "sliding_window_pattern", "max_window_layers")
+    nested = values.get("rope_parameters", {})
+    changes = [{key: odd} for key in {*values, *extra} for odd in ODD]
+    changes += [{"rope_parameters": {**nested, key: odd}} for key in nested for odd in ODD]
+    changes += [{"rope_parameters": None, "layer_types": None, **change} for change in changes]
+    refused = 0
+    for change in changes:
+        try:
+            config = ModelConfig.from_json(json.dumps({**values, **change}))
+        except ValueError as error:
+            refused += 1
+            assert "\n" not in str(error)
+            continue
+        for index in (0, config.num_hidden_layers - 1):
+            if (rope := config.rope(index)) is not None:
+                assert np.isfinite(rope.frequencies(8)).all(), change
+                assert np.isfinite(np.float32(rope.attention_scale)), change
+    assert refused > len(changes) / 4
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("llama", {"tie_word_embeddings": "false"}, "must be true or false, got 'false'"),
+        ("llama", {"eos_token_id": True}, "eos_token_id must be an integer"),
+        ("llama", {"rope_scaling": "linear"}, "an object as rope_scaling, got 'linear'"),
+        ("llama", {"hidden_act": ["silu"]}, "hidden_act=.* is not supported"),
+        ("llama", {"rms_norm_eps": 10**400}, "rms_norm_eps must be a positive number"),
+        ("yarn", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1.0}},
+         "theta of Rope must be above 1 for Yarn"),
+        ("yarn", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "attention_factor": "x"}},
+         "attention_factor of Yarn must be a positive number"),
+        ("yarn", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "mscale": "x"}},
+         "mscale and mscale_all_dim must be positive"),
+        ("qwen2", {"layer_types": [{}, {}]}, "layer_types must name"),
+        ("qwen2", {"layer_types": None, "max_window_layers": "a"}, "max_window_layers must be an"),
+        ("gemma3", {"layer_types": None, "sliding_window_pattern": 0}, "sliding_window_pattern must"),
+        ("gpt2", {"n_embd": None, "n_inner": None}, "hidden_size must be a positive integer"),
+    ],
+)  # fmt: skip
+def test_wrong_types_are_named(tmp_path, name, change, message):
+    """By the key that holds them."""
+    folder = copy_of(name, tmp_path)
+    change_config(folder, **change)
+    with pytest.raises(CheckpointError, match=message):
+        load_pretrained(folder)
+
+
+@pytest.mark.parametrize("settings", ["[]", '{"add_bos_token": true, "bos_token": 5}', "{"])
+def test_odd_tokenizer_settings(folder, settings):
+    """tokenizer_config.json is named, as any other file."""
+    small_tokenizer("byte-level", vocab_size=90).save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(settings)
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json"):
         load_pretrained(folder)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from typing import TypeAlias
 
 import jax
@@ -93,6 +94,10 @@ class YarnScaling:
         _check_positive(
             self, "factor", "original_max_position_embeddings", "beta_fast", "beta_slow"
         )
+        if self.attention_factor is not None:
+            _check_positive(self, "attention_factor")
+        if not isinstance(self.truncate, bool):
+            raise ValueError(f"truncate of Yarn must be true or false, got {self.truncate!r}")
 
     @property
     def attention_scale(self) -> float:
@@ -144,6 +149,8 @@ class Rope:
 
     def __post_init__(self) -> None:
         _check_positive(self, "theta")
+        if isinstance(self.scaling, Yarn) and not self.theta > 1:
+            raise ValueError(f"theta of Rope must be above 1 for Yarn, got {self.theta!r}")
 
     @property
     def attention_scale(self) -> float:
@@ -208,10 +215,16 @@ def as_rope(theta: float | Rope) -> Rope:
     return theta if isinstance(theta, Rope) else Rope(float(theta))
 
 
+def is_positive(value: object) -> bool:
+    """Whether a value, perhaps from JSON, is a positive number that a float can be."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and 0 < value <= sys.float_info.max  # type: ignore[operator]
+
+
 def _check_positive(config: object, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        if not is_positive(value):
             raise ValueError(
                 f"{name} of {type(config).__name__} must be a positive number, got {value!r}"
             )

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.resources
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -191,9 +190,7 @@ def _read_config(folder: Path) -> ModelConfig | T5Config:
     if not path.is_file():
         return config
     try:
-        generation = json.loads(path.read_text("utf-8"))
-        if not isinstance(generation, dict):
-            raise ValueError(f"expected an object, got {type(generation).__name__}")
+        generation = read_object(path.read_text("utf-8"), _GENERATION)
         found = {
             name: one_or_several(generation[name])
             for name in ("bos_token_id", "eos_token_id", "decoder_start_token_id")

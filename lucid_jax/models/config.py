@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lucid_jax.attention.rope import SCALINGS, Rope, Scaling, YarnScaling
+from lucid_jax.attention.rope import SCALINGS, Rope, Scaling, YarnScaling, is_positive
 from lucid_jax.models.families import FAMILIES, Family
 
 # A config.json must name these; our defaults for them are those of the embedded model.
@@ -47,6 +47,7 @@ ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
+_MOST_LAYERS = 10_000
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
@@ -123,6 +124,10 @@ class ModelConfig:
             object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
         for name in (*_REQUIRED, "num_key_value_heads", "max_position_embeddings"):
             _check_positive(name, getattr(self, name))
+        if self.num_hidden_layers > _MOST_LAYERS:  # before making a list of them
+            raise ValueError(
+                f"num_hidden_layers must be at most {_MOST_LAYERS}, got {self.num_hidden_layers}"
+            )
         if self.num_attention_heads % self.kv_heads:
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
@@ -145,13 +150,18 @@ class ModelConfig:
             value = getattr(self, name)
             if value is None and name not in ("rope_theta", "rms_norm_eps"):
                 continue
-            if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            if not is_positive(value):
                 raise ValueError(f"{name} must be a positive number, got {value!r}")
-        if self.hidden_act not in ACTIVATIONS:
+        for name in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        if not isinstance(self.hidden_act, str) or self.hidden_act not in ACTIVATIONS:
             raise ValueError(
                 f"hidden_act={self.hidden_act!r} is not supported; supported are "
                 f"{', '.join(ACTIVATIONS)}"
             )
+        if self.rope_scaling is not None:
+            Rope(self.rope_theta, self.rope_scaling)  # which checks that they fit
         self._check_windows()
         self._check_tokens()
 
@@ -172,7 +182,8 @@ class ModelConfig:
             )
         types = tuple(self.layer_types or ())
         object.__setattr__(self, "layer_types", types)
-        if len(types) != self.num_hidden_layers or not {*types} <= {_FULL, _SLIDING}:
+        known = all(kind in (_FULL, _SLIDING) for kind in types)
+        if len(types) != self.num_hidden_layers or not known:
             raise ValueError(
                 f"layer_types must name {_FULL!r} or {_SLIDING!r} for each of "
                 f"{self.num_hidden_layers} layers, got {list(types)}"
@@ -188,7 +199,8 @@ class ModelConfig:
             for token in tokens:
                 if token is None:
                     continue
-                if not isinstance(token, int) or not 0 <= token < self.vocab_size:
+                integer = isinstance(token, int) and not isinstance(token, bool)
+                if not integer or not 0 <= token < self.vocab_size:
                     raise ValueError(
                         f"{name} must be an integer in [0, {self.vocab_size}) or None, got {token!r}"
                     )
@@ -245,7 +257,7 @@ class ModelConfig:
             kind = "gemma3_text"
             outer = {k: v for k, v in values.items() if k not in ("text_config", "vision_config")}
             values = {**outer, **values["text_config"]}
-        if kind not in FAMILIES:
+        if not isinstance(kind, str) or kind not in FAMILIES:
             raise ValueError(
                 f"config.json describes a {kind!r} model; supported are "
                 f"{', '.join(sorted(FAMILIES))}"
@@ -263,8 +275,9 @@ class ModelConfig:
                 fields[name] = values[key]
         if family.learned_positions:
             # GPT-2 leaves the MLP's width out, or null, for four times the model's.
-            if fields.get("intermediate_size") is None and "hidden_size" in fields:
-                fields["intermediate_size"] = 4 * fields["hidden_size"]
+            width = fields.get("hidden_size")
+            if fields.get("intermediate_size") is None and isinstance(width, int):
+                fields["intermediate_size"] = 4 * width
         else:
             fields |= _read_rope(values, fields)
         missing = [family.keys.get(name, name) for name in _REQUIRED if name not in fields]
@@ -306,18 +319,18 @@ class ModelConfig:
         return json.dumps(values, indent=2) + "\n"
 
 
-def read_object(text: str) -> dict[str, Any]:
-    """The JSON object that a config.json holds.
+def read_object(text: str, name: str = "config.json") -> dict[str, Any]:
+    """The JSON object that a file such as config.json holds.
 
     Raises:
       ValueError: if it holds something else.
     """
     try:
         values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"config.json is not valid JSON: {error}") from error
+    except (ValueError, RecursionError) as error:  # brackets in brackets, without end
+        raise ValueError(f"{name} is not valid JSON: {error}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"config.json must hold an object, got {type(values).__name__}")
+        raise ValueError(f"{name} must hold an object, got {type(values).__name__}")
     return values
 
 
@@ -339,12 +352,16 @@ def _read_windows(
         # Off unless switched on, and the file then may still name a window.
         return {"sliding_window": None, "layer_types": None}
     types = values.get("layer_types")
-    if types is None and window is not None and isinstance(layers, int):
+    known = isinstance(layers, int) and layers <= _MOST_LAYERS  # else an error follows
+    if types is None and window is not None and known:
         if first is not None:
             first = values.get("max_window_layers", first)
+            if not isinstance(first, int):
+                raise ValueError(f"max_window_layers must be an integer, got {first!r}")
             types = [_SLIDING if i >= first else _FULL for i in range(layers)]
         elif "sliding_window_pattern" in values:
             every = values["sliding_window_pattern"]
+            _check_positive("sliding_window_pattern", every)
             types = [_SLIDING if (i + 1) % every else _FULL for i in range(layers)]
     if types is not None and not isinstance(types, list):
         raise ValueError(f"layer_types must be a list, got {types!r}")
@@ -353,10 +370,10 @@ def _read_windows(
 
 def _read_rope(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """`rope_theta`, `rope_scaling` and `rope_local_theta`, from old keys or new."""
-    new = values.get("rope_parameters") or {}
+    new, old = _table(values, "rope_parameters"), _table(values, "rope_scaling")
     nested = _FULL in new or _SLIDING in new
-    local: dict[str, Any] = (new.get(_SLIDING) or {}) if nested else {}
-    table = (new.get(_FULL) or {}) if nested else {**(values.get("rope_scaling") or {}), **new}
+    local = _table(new, _SLIDING) if nested else {}
+    table = _table(new, _FULL) if nested else {**old, **new}
     fallback = values.get("rope_theta", defaults.get("rope_theta", ModelConfig.rope_theta))
     length = defaults["max_position_embeddings"]
     if _scaling(local, length) is not None:
@@ -374,6 +391,14 @@ def _read_rope(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[s
     return fields
 
 
+def _table(values: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """An object in another; an empty one if it is missing or null."""
+    table = values.get(key)
+    if table is not None and not isinstance(table, dict):
+        raise ValueError(f"config.json must have an object as {key}, got {table!r}")
+    return table or {}
+
+
 def _scaling(table: Mapping[str, Any], length: Any) -> Scaling | None:
     """The scaling that a `rope_scaling` or `rope_parameters` describes."""
     kind = table.get("rope_type", table.get("type", "default"))
@@ -386,7 +411,7 @@ def _scaling(table: Mapping[str, Any], length: Any) -> Scaling | None:
         raise ValueError("config.json has partial_rotary_factor; only whole heads can be rotated")
     if kind == "default":
         return None
-    if kind not in SCALINGS:
+    if not isinstance(kind, str) or kind not in SCALINGS:
         raise ValueError(
             f"config.json has rope_type={kind!r}; supported are default, {', '.join(SCALINGS)}"
         )
@@ -397,6 +422,8 @@ def _scaling(table: Mapping[str, Any], length: Any) -> Scaling | None:
         given.pop("original_max_position_embeddings", None)
     if kind == "yarn":
         both = given.pop("mscale", None), given.pop("mscale_all_dim", None)
+        if not all(x is None or is_positive(x) for x in both):
+            raise ValueError(f"mscale and mscale_all_dim must be positive numbers, got {both}")
         if all(both) and "attention_factor" not in given and "factor" in given:
             plain = YarnScaling(given["factor"], length).attention_scale - 1
             top, bottom = (1 + plain * m for m in both)  # DeepSeek's: the ratio of two scales

@@ -18,6 +18,8 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
+from lucid_jax.models.config import read_object
+
 END_OF_TEXT = "<|endoftext|>"
 
 
@@ -104,12 +106,11 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"not the content of a tokenizer.json: {error}") from error
-        try:
-            given = json.loads(settings)
-        except ValueError as error:
-            raise ValueError(f"not the content of a tokenizer_config.json: {error}") from error
+        given = read_object(settings, "tokenizer_config.json")
         bos = given.get("bos_token") if given.get("add_bos_token") else None
         bos = bos.get("content") if isinstance(bos, dict) else bos
+        if bos is not None and not isinstance(bos, str):
+            raise ValueError(f"tokenizer_config.json must have a text as bos_token, got {bos!r}")
         return cls(backend, None if bos is None else backend.token_to_id(bos))
 
     def to_json(self) -> str:

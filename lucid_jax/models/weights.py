@@ -6,7 +6,6 @@ Linear kernels are (in, out) in flax and (out, in) on disk; everything else is s
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
+from lucid_jax.models.config import read_object
 from lucid_jax.models.families import Family
 from lucid_jax.models.transformer import Transformer
 
@@ -175,10 +175,9 @@ def _shards(folder: Path) -> Iterable[Path]:
 def _weight_map(folder: Path) -> dict[str, str]:
     path = folder / INDEX
     try:
-        index = json.loads(path.read_text("utf-8"))
+        table = read_object(path.read_text("utf-8"), INDEX).get("weight_map")
     except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
-    table = index.get("weight_map") if isinstance(index, dict) else None
+        raise CheckpointError(f"{path}: {error}") from error
     if not isinstance(table, dict) or not table:
         raise CheckpointError(f"{path} must hold a weight_map from tensor names to files")
     for name, file in table.items():
