@@ -555,6 +555,13 @@ def test_tensors_that_are_not_the_configs(folder, change, message):
         load_pretrained(folder)
 
 
+def test_a_tensor_under_two_names(folder):
+    """Which one is meant cannot be known."""
+    change_tensors(folder, lambda t: {**t, "norm.weight": 5 * t["model.norm.weight"]})
+    with pytest.raises(CheckpointError, match=r"both 'model.norm.weight' and 'norm.weight'"):
+        load_pretrained(folder)
+
+
 def test_tensors_of_another_family(tmp_path):
     """Biases that a config does not ask for are not dropped silently."""
     folder = copy_of("qwen2", tmp_path)
@@ -615,9 +622,9 @@ def test_odd_values_in_a_config(name):
         ("llama", {"hidden_act": ["silu"]}, "hidden_act=.* is not supported"),
         ("llama", {"rms_norm_eps": 10**400}, "rms_norm_eps must be a positive number"),
         ("yarn", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1.0}},
-         "theta of Rope must be above 1 for Yarn"),
+         "theta of Rope must be above 1 for YaRN"),
         ("yarn", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "attention_factor": "x"}},
-         "attention_factor of Yarn must be a positive number"),
+         "attention_factor of YarnScaling must be a positive number"),
         ("yarn", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "mscale": "x"}},
          "mscale and mscale_all_dim must be positive"),
         ("qwen2", {"layer_types": [{}, {}]}, "layer_types must name"),

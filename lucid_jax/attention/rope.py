@@ -97,7 +97,7 @@ class YarnScaling:
         if self.attention_factor is not None:
             _check_positive(self, "attention_factor")
         if not isinstance(self.truncate, bool):
-            raise ValueError(f"truncate of Yarn must be true or false, got {self.truncate!r}")
+            raise ValueError(f"truncate of YarnScaling must be true or false, got {self.truncate!r}")
 
     @property
     def attention_scale(self) -> float:
@@ -149,8 +149,8 @@ class Rope:
 
     def __post_init__(self) -> None:
         _check_positive(self, "theta")
-        if isinstance(self.scaling, Yarn) and not self.theta > 1:
-            raise ValueError(f"theta of Rope must be above 1 for Yarn, got {self.theta!r}")
+        if isinstance(self.scaling, YarnScaling) and not self.theta > 1:
+            raise ValueError(f"theta of Rope must be above 1 for YaRN, got {self.theta!r}")
 
     @property
     def attention_scale(self) -> float:

@@ -133,11 +133,16 @@ def fill_weights(
     """
     with contextlib.ExitStack() as stack:
         files = {path.name: stack.enter_context(_opened(path)) for path in _shards(folder)}
-        found = {
-            name: (stored, file)
-            for stored, file in _places(folder, files).items()
-            if (name := name_of(stored)) is not None
-        }
+        found: dict[str, tuple[str, str]] = {}
+        for stored, file in _places(folder, files).items():
+            name = name_of(stored)
+            if name in found:
+                raise CheckpointError(
+                    f"{folder} holds both {found[name][0]!r} and {stored!r}, which are one tensor of "
+                    "the model; keep the one that is meant"
+                )
+            if name is not None:
+                found[name] = (stored, file)
         _check_names(folder, wanted, found)
         for name, (stored, file) in found.items():
             _check_tensor(folder / file, stored, files[file], wanted[name].shape)
