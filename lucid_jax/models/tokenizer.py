@@ -297,9 +297,9 @@ def _spelling(decoder: dict[str, Any] | None) -> _Spelling:
                 replace.append((old, new))
             case {"type": "Strip", "content": " ", "start": start, "stop": 0}:
                 strip = start
-            case {"type": "Metaspace", "replacement": old}:
+            case {"type": "Metaspace", "replacement": old, **rest}:
                 replace.append((old, " "))
-                strip = int(step.get("prepend_scheme", "always") != "never")
+                strip = int(rest.get("prepend_scheme", "always") != "never")
             case _:
                 raise ValueError(
                     "tokenizer.json decodes in a way that is not known "
