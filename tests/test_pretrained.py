@@ -312,6 +312,18 @@ def test_computing_in_bfloat16(name):
     np.testing.assert_allclose(logits, expected, atol=0.1 * np.abs(expected).max(), rtol=0)
 
 
+def test_arguments_that_make_no_model(folder):
+    """A dtype to compute in, and a length to keep."""
+    with pytest.raises(
+        ValueError, match="dtype must be floating point, such as bfloat16, got int8"
+    ):
+        load_pretrained(folder, jnp.int8)
+    model = loaded("mistral")[0]
+    for length, error in ((None, TypeError), ("8", TypeError), (0, ValueError)):
+        with pytest.raises(error, match="max_length"):
+            model.cache_spec(length)
+
+
 def test_tied_heads(folder):
     """A head stored beside tied embeddings is ignored; an untied one is needed."""
     change_config(folder, tie_word_embeddings=True)

@@ -57,9 +57,12 @@ def load_pretrained(
       CheckpointError: if a file is missing, unreadable or cut short; if config.json describes a model
         that is not supported; if the tensors are not, by name, shape and type, those that it asks
         for; or if the tokenizer has more ids than the model.
+      ValueError: if `dtype` is not floating point.
       ModuleNotFoundError: if there is a tokenizer.json, and the `text` extra is not installed.
     """
     folder = Path(directory)
+    if not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
+        raise ValueError(f"dtype must be floating point, such as bfloat16, got {jnp.dtype(dtype)}")
     config = _read_config(folder)
     tokenizer = _read_tokenizer(folder, config) if (folder / _TOKENIZER).is_file() else None
     if isinstance(config, T5Config):

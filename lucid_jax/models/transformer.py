@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lucid_jax.cache.checks import check_count
 from lucid_jax.cache.codec import PLAIN, Codec
 from lucid_jax.cache.contiguous import Static
 from lucid_jax.cache.layer import LayerSpec
@@ -273,7 +274,8 @@ class Transformer(nnx.Module):
           slack: tokens that can be rolled back once a ring has wrapped; see `Sliding`.
 
         Raises:
-          ValueError: if the model has no positions for a text so long.
+          ValueError: if the model has no positions for a text so long, or it is below 1.
+          TypeError: if `max_length` is not an integer.
 
         Example:
           >>> config = ModelConfig(
@@ -286,6 +288,7 @@ class Transformer(nnx.Module):
           Static(capacity=1000, codec=Identity(), track=False)
           Sliding(window=128, sinks=0, slack=0, codec=Identity())
         """
+        max_length = check_count(max_length, "max_length", 1)
         known = self.config.max_position_embeddings
         if self.embed_positions is not None and max_length > known:
             raise ValueError(
