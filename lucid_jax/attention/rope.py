@@ -97,7 +97,9 @@ class YarnScaling:
         if self.attention_factor is not None:
             _check_positive(self, "attention_factor")
         if not isinstance(self.truncate, bool):
-            raise ValueError(f"truncate of YarnScaling must be true or false, got {self.truncate!r}")
+            raise ValueError(
+                f"truncate of YarnScaling must be true or false, got {self.truncate!r}"
+            )
 
     @property
     def attention_scale(self) -> float:
