@@ -320,7 +320,9 @@ class Transformer(nnx.Module):
         """Hidden states (B, T, hidden_size) to logits, float32 (B, T, V)."""
         if self.lm_head is None:
             table = self.embed_tokens.embedding[...].astype(hidden.dtype)
-            logits = jnp.einsum("btc,vc->btv", hidden, table, preferred_element_type=jnp.float32)
+            # The table first: with a few tokens XLA on CPU takes 32 us so, and 55 us the other way.
+            logits = jnp.einsum("vc,btc->vbt", table, hidden, preferred_element_type=jnp.float32)
+            logits = jnp.moveaxis(logits, 0, -1)
         else:
             kernel = self.lm_head.kernel[...].astype(hidden.dtype)
             logits = jnp.einsum("btc,cv->btv", hidden, kernel, preferred_element_type=jnp.float32)
