@@ -12,6 +12,7 @@ NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 IMAGES = {
     "02_jit_decode_loop.ipynb": 2,
     "03_memory.ipynb": 3,
+    "04_beam_and_speculative.ipynb": 4,
 }  # how many plots; the others draw none
 
 # What the kernel's own packages warn about is not ours to fix.
