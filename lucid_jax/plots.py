@@ -191,11 +191,11 @@ def plot_beam_tree(result: BeamResult, tokenizer: Any = None, row: int = 0) -> F
 def _figure(asked: str, width: float, height: float) -> Figure:
     """An empty figure of so many inches for the function that was asked for."""
     try:
-        from matplotlib.figure import Figure
+        from matplotlib import figure
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f"{asked} draws with matplotlib, which could not be imported; "
             "install it with: pip install 'lucid-jax[plots]'",
             name=error.name,
         ) from error
-    return Figure(figsize=(width, height), layout="constrained")
+    return figure.Figure(figsize=(width, height), layout="constrained")

@@ -47,7 +47,6 @@ def generate(*arguments):
             r"sliding:6\+2, 8 of 8 slots used as int4-rotated",
         ),
         (["--codec", "kivi:4+2"], r"static, 16 of 16 slots used as kivi:4\+2"),
-        (["--no-cache", "--draft", "ngram"], "--draft needs a cache"),
         (["--no-cache"], r"none"),
     ],
 )
@@ -111,6 +110,7 @@ def test_same_seed_same_text_with_any_cache(folder, capsys):
         (["--codec", "int5"], "int8"),
         (["--codec", "none-rotated"], "int8"),
         (["--codec", "int4", "--no-cache"], "leave out"),
+        (["--no-cache", "--draft", "ngram"], "--draft needs a cache"),
         (["--codec", "kivi", "--cache", "sliding:8"], "window of at least"),
         (["--frobnicate"], "unrecognized"),
     ],
@@ -190,6 +190,7 @@ def test_a_command_is_needed(capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.exhaustive
 def test_bench_prints_json_for_machines(capsys):
     """Every group of comparisons is there, with a positive ratio."""
     assert cli.main(["bench", "--quick", "--json"]) == 0

@@ -81,9 +81,12 @@ def test_any_prefill_chunk_gives_the_same(model, chunk):
     "spec",
     [
         lj.Sliding(7, sinks=2),
-        lj.Sliding(12, sinks=1, codec=lj.codecs.KIVI(group=4, residual=3)),
+        pytest.param(
+            lj.Sliding(12, sinks=1, codec=lj.codecs.KIVI(group=4, residual=3)),
+            marks=pytest.mark.exhaustive,
+        ),
         lj.Static(120, lj.codecs.Int8()),
-        [lj.Sliding(6), lj.Dynamic(lj.codecs.Int4())],
+        pytest.param([lj.Sliding(6), lj.Dynamic(lj.codecs.Int4())], marks=pytest.mark.exhaustive),
     ],
     ids=str,
 )
