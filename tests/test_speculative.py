@@ -308,34 +308,57 @@ def _joint(model, prompt, count, sampling):
     return joint
 
 
-def _samples_follow_the_model(draft, sampling, seed=0):
-    model, rows, count = make_model(5, vocab=5, hidden=8), 4000, 3
+# A correct rule fails once in a million; see what a wrong one gives in
+# `test_a_wrong_distribution_fails_the_test`.
+UNLIKELY = 1e-6
+
+
+def _samples_follow_the_model(draft, sampling):
+    """The drafts' acceptance, and how likely such samples are if the model drew them."""
+    model, rows, count, runs = make_model(5, vocab=5, hidden=8), 4000, 3, 5
     prompt = [1, 2, 1]
-    result = lj.speculate(
-        model, [prompt] * rows, draft=draft, draft_tokens=2, max_new_tokens=count + 1,
-        sampling=sampling, seed=seed,
-    )  # fmt: skip
-    cells = np.ravel_multi_index(tuple(result.tokens[:, :count].T), (5,) * count)
-    counts = np.bincount(cells, minlength=5**count)
-    expected = _joint(model, prompt, count, sampling) * rows
+    counts, accepted = np.zeros(5**count, int), []
+    for seed in range(runs):
+        result = lj.speculate(
+            model, [prompt] * rows, draft=draft, draft_tokens=2, max_new_tokens=count + 1,
+            sampling=sampling, seed=seed,
+        )  # fmt: skip
+        cells = np.ravel_multi_index(tuple(result.tokens[:, :count].T), (5,) * count)
+        counts += np.bincount(cells, minlength=5**count)
+        accepted.append(result.acceptance)
+    expected = _joint(model, prompt, count, sampling) * rows * runs
     assert (expected > 25).sum() > 5  # a distribution, not one text
-    return result, _p_value(counts, expected)
+    return np.mean(accepted), _p_value(counts, expected)
 
 
 def test_sampled_tokens_follow_the_model():
     """Three tokens' joint distribution is the model's own, with a draft of quite another opinion."""
     draft = make_model(5, noise=1.0, vocab=5, hidden=8)
-    result, p = _samples_follow_the_model(draft, lj.Sampling(8.0))
-    assert 0.2 < result.acceptance < 0.95
-    assert p > 1e-3
+    acceptance, p = _samples_follow_the_model(draft, lj.Sampling(8.0))
+    assert 0.2 < acceptance < 0.95
+    assert p > UNLIKELY
 
 
 @pytest.mark.exhaustive
 def test_sampled_tokens_follow_the_model_with_ngrams():
     """The same with drafts that are certain of themselves."""
-    result, p = _samples_follow_the_model(lj.NGram(), lj.Sampling(8.0))
-    assert 0.05 < result.acceptance < 0.95
-    assert p > 1e-3
+    acceptance, p = _samples_follow_the_model(lj.NGram(), lj.Sampling(8.0))
+    assert 0.05 < acceptance < 0.95
+    assert p > UNLIKELY
+
+
+@pytest.mark.exhaustive
+def test_a_wrong_distribution_fails_the_test(monkeypatch):
+    """So many samples show it if certain drafts count as drawn at random."""
+
+    def wrong(logits, probs, *rest):
+        return accept_sampled(logits, jnp.full_like(probs, 1 / probs.shape[-1]), *rest)
+
+    monkeypatch.setattr(module, "accept_sampled", wrong)
+    module._decode.clear_cache()
+    _, p = _samples_follow_the_model(lj.NGram(), lj.Sampling(8.0))
+    module._decode.clear_cache()
+    assert p < UNLIKELY
 
 
 @pytest.mark.exhaustive
@@ -352,9 +375,9 @@ def test_sampled_tokens_follow_the_model_with_ngrams():
 def test_sampled_tokens_follow_the_filtered_model(kind, sampling):
     """Draft and model go through the same filters; what is ruled out never appears."""
     draft = lj.NGram() if kind == "ngram" else make_model(5, noise=1.0, vocab=5, hidden=8)
-    result, p = _samples_follow_the_model(draft, sampling)
-    assert 0.05 < result.acceptance < 1
-    assert p > 1e-3
+    acceptance, p = _samples_follow_the_model(draft, sampling)
+    assert 0.05 < acceptance < 1
+    assert p > UNLIKELY
 
 
 def test_a_wrong_rule_fails_the_test():
@@ -372,7 +395,7 @@ def test_a_wrong_rule_fails_the_test():
         tokens, _ = jax.jit(accept_sampled)(logits, probs, drafts, ones, keys)
         return np.bincount(np.asarray(tokens[:, 0]), minlength=vocab)
 
-    assert _p_value(first_tokens(q), p * rows) > 1e-3
+    assert _p_value(first_tokens(q), p * rows) > UNLIKELY
     always = np.full(vocab, 1e-9, np.float32)  # p / q is large: whatever is possible is accepted
     assert _p_value(first_tokens(always), p * rows) < 1e-9
     assert _p_value(first_tokens(p), p * rows) < 1e-9
