@@ -9,6 +9,7 @@ from flax import nnx
 import lucid_jax as lj
 from lucid_jax.decode import Sampling, generate, generate_uncached, stream, stream_uncached
 from lucid_jax.decode import generation as module
+from lucid_jax.decode.graph import split
 from lucid_jax.models import ModelConfig, Transformer
 
 PROMPTS = [[1, 2, 3], list(range(5, 24)), [4]]
@@ -172,7 +173,7 @@ def test_the_loop_has_no_buffer_sized_temporaries(model, batch):
             seen=None,
             key=jax.random.key(0),
         )
-        graph, params = nnx.split(model)
+        graph, params = split(model)
         lowered = module._decode.lower(graph, params, loop, np.int32(64), Sampling(), (0,))
         return lowered.compile().memory_analysis().temp_size_in_bytes
 

@@ -17,6 +17,7 @@ from flax import nnx
 
 import lucid_jax as lj
 from lucid_jax.decode import Sampling, generate_uncached, generation
+from lucid_jax.decode.graph import split
 from lucid_jax.models import T5, CheckpointError, T5Config, load_model, load_pretrained
 from lucid_jax.models.t5 import GivenT5, relative_buckets
 
@@ -257,7 +258,7 @@ def test_a_decode_step_has_no_room_for_the_encoders_keys():
             seen=None,
             key=jax.random.key(0),
         )
-        graph, params = nnx.split(given)
+        graph, params = split(given)
         lowered = generation._decode.lower(graph, params, loop, np.int32(64), Sampling(), (0,))
         return lowered.compile().memory_analysis(), lj.nbytes(encoder)
 

@@ -289,15 +289,34 @@ def test_traced_crop_and_rollback_out_of_range_drop_nothing(ragged):
 
 
 def test_checkify_reports_a_traced_overflow_at_the_call():
-    """`debug_check` turns the flag into an error for who asks for checks."""
+    """`checked` turns the flag into an error for who asks for checks."""
     from jax.experimental import checkify
 
     state, *_ = filled(6)
     checked = checkify.checkify(jax.jit(lambda s: lj.update(s, KEY, VALUE, 0)))
-    error, _ = checked(state)
+    error, _ = checked(lj.checked(state))
     assert "past the capacity of 8" in error.get()
-    error, _ = checked(make())
+    error, after = checked(lj.checked(make()))
     assert error.get() is None
+    assert all(layer.checked for layer in after.layers)
+
+
+@pytest.mark.parametrize(
+    "spec", [lj.Static(8), lj.Sliding(4, 1, 2), lj.Dynamic(lj.codecs.Int8())], ids=str
+)
+def test_programs_have_no_effects(spec):
+    """Else jit takes the slow way through Python at every call."""
+    sizes = dict(num_layers=1, batch_size=B, num_kv_heads=H, head_dim=D, value_head_dim=DV)
+    state = lj.grow(lj.init_cache(spec, **sizes, ragged=True), 6)
+    query = jnp.zeros((B, H, 2, D))
+
+    def step(state):
+        _, state = lj.extend(state, query, *tokens(0, B, 2), 0)
+        state = lj.crop(lj.rollback(state, jnp.ones(B, jnp.int32)), jnp.int32(3))
+        return lj.select(state, jnp.arange(B))
+
+    assert not jax.make_jaxpr(step)(state).effects
+    assert jax.make_jaxpr(step)(lj.checked(state)).effects
 
 
 # --- what lands where ----------------------------------------------------------------------------

@@ -482,6 +482,10 @@ def _walk(
         total = total * decay + jnp.sum(weights, axis=-1)
         return turn + 1, _Running(new_top, total, acc * decay[..., None] + update)
 
+    if size == part.size:
+        # One block holds it: no loop, at whose turns XLA on CPU waits for its threads (16 us a layer of
+        # the shipped model with 4 new tokens).
+        return body((jnp.int32(0), running))[1]
     # Counted in ones: XLA gets the trip count of a constant loop wrong if the step does not divide
     # its range, and then drops turns (openxla/xla#48454).
     turns = -(-(part.stop - oldest) // size)

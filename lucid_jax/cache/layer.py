@@ -105,6 +105,7 @@ class Layer(abc.ABC):
     overflowed: jax.Array  # bool [] or [B]: sticky, a traced operation asked for the impossible
     spec: Any = struct.field(pytree_node=False)  # the LayerSpec it was made from
     packing: Packing = struct.field(pytree_node=False)
+    checked: bool = struct.field(pytree_node=False, kw_only=True, default=False)
 
     if TYPE_CHECKING:
 
@@ -471,7 +472,8 @@ class Layer(abc.ABC):
 
     def flag(self, ok: jax.Array, what: str) -> jax.Array:
         """The sticky flag after an operation that was possible where `ok` (bool [] or [B])."""
-        checkify.debug_check(jnp.all(ok), what)
+        if self.checked:
+            checkify.debug_check(jnp.all(ok), what)
         return self.overflowed | ~ok
 
     def crop(self, max_length: jax.Array) -> Self:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx, struct
+from flax import struct
 from jax.typing import ArrayLike
 
 from lucid_jax.cache import state as core
@@ -23,6 +23,7 @@ from lucid_jax.cache.checks import check_count
 from lucid_jax.cache.contiguous import grown_capacity
 from lucid_jax.cache.layer import LayerSpec
 from lucid_jax.decode.generation import open_cache, pad_prompts, prefill, seen_tokens
+from lucid_jax.decode.graph import Graph, split
 from lucid_jax.decode.sampling import Sampling, penalized
 
 History = Literal["tree", "reorder", "gather"]
@@ -233,7 +234,7 @@ def prefilled(
     batch, longest = tokens.shape
     new = len(rules.divisor) - 1
     state, history = _open(model, cache, batch, longest, new, width, history)
-    graph, params = nnx.split(model)
+    graph, params = split(model)
     last, state = prefill(graph, params, state, tokens, lengths, prefill_chunk)
     if history != "tree":
         state = core.repeat_interleave(state, width)
@@ -303,7 +304,7 @@ def _result(search: _Search, returned: int, history: History) -> BeamResult:
 
 @partial(jax.jit, static_argnums=(0, 7, 8), donate_argnums=2)
 def search_from(
-    graph: Any,
+    graph: Graph,
     params: Any,
     cache: Any,
     last: jax.Array,
@@ -314,7 +315,7 @@ def search_from(
     history: History,
 ) -> _Search:
     """The whole search, from the hidden state of each prompt's last token, (B, E)."""
-    model = nnx.merge(graph, params)
+    model = graph.merge(params)
     batch, new = len(prompt), len(rules.divisor) - 1
     shape = (batch, width)
     path: jax.Array | None = None

@@ -12,13 +12,14 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
-from flax import nnx, struct
+from flax import struct
 
 from lucid_jax.cache import state as core
 from lucid_jax.cache.checks import check_count
 from lucid_jax.cache.slots import span
 from lucid_jax.cache.tree import keep_path, tree_mask
 from lucid_jax.decode.generation import hidden_at
+from lucid_jax.decode.graph import Graph
 from lucid_jax.decode.sampling import Sampling, filtered, likeliest
 from lucid_jax.decode.topology import Topology
 
@@ -181,7 +182,7 @@ def lookup(
 class ModelDrafter:
     """A language model drafts one token after the other."""
 
-    graph: Any
+    graph: Graph
     width: int
     tree = None
 
@@ -189,7 +190,7 @@ class ModelDrafter:
         self, params: Any, cache: Any, text: Text, keys: jax.Array, sampling: Sampling
     ) -> tuple[Proposal, Any]:
         """See `Drafter.propose`."""
-        model = nnx.merge(self.graph, params)
+        model = self.graph.merge(params)
         counts = jnp.minimum(text.wanted, self.width)
         hidden, cache = _catch_up(model, cache, text, counts)
         token, seen, probs = _draw(model, hidden, text.seen, _step_keys(keys, 0), sampling)
@@ -202,7 +203,8 @@ class ModelDrafter:
             return (cache, token, seen), (token, probs)
 
         later = jnp.arange(1, self.width, dtype=jnp.int32)
-        (cache, _, _), (tokens, more) = jax.lax.scan(step, (cache, token, seen), later)
+        # Unrolled: of a loop within the caller's loop XLA copies the cache at each turn.
+        (cache, _, _), (tokens, more) = jax.lax.scan(step, (cache, token, seen), later, unroll=True)
         tokens = jnp.concatenate([token[:, None], tokens.T], axis=1)
         if probs is not None:
             probs = jnp.concatenate([probs[:, None], jnp.swapaxes(more, 0, 1)], axis=1)
@@ -217,7 +219,7 @@ class ModelDrafter:
 class TreeDrafter:
     """A language model drafts a tree, level by level."""
 
-    graph: Any
+    graph: Graph
     tree: Topology
 
     @property
@@ -229,7 +231,7 @@ class TreeDrafter:
         self, params: Any, cache: Any, text: Text, keys: jax.Array, sampling: Sampling
     ) -> tuple[Proposal, Any]:
         """See `Drafter.propose`. Of every node the likeliest continuations; no two alike."""
-        model, tree = nnx.merge(self.graph, params), self.tree
+        model, tree = self.graph.merge(params), self.tree
         depth = jnp.minimum(text.wanted, tree.depth)
         hidden, cache = _catch_up(model, cache, text, depth)
         hidden = hidden[:, None]

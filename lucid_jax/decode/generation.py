@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx, struct
+from flax import struct
 from jax.typing import ArrayLike
 
 from lucid_jax.cache import state as core
 from lucid_jax.cache.checks import check_count
 from lucid_jax.cache.contiguous import Static
 from lucid_jax.cache.layer import LayerSpec
+from lucid_jax.decode.graph import Graph, split
 from lucid_jax.decode.sampling import Sampling, sample
 
 if TYPE_CHECKING:
@@ -274,7 +275,7 @@ def _run(
     check_count(prefill_chunk, "prefill_chunk", 1)
     sampling = Sampling() if sampling is None else sampling
     tokens, lengths = pad_prompts(prompts, model.config.vocab_size)
-    graph, params = nnx.split(model)
+    graph, params = split(model)
     if prompt_cache is None:
         state = open_cache(model, cache, len(tokens), tokens.shape[1], max_new_tokens)
         last, state = prefill(graph, params, state, tokens, lengths, prefill_chunk)
@@ -320,7 +321,7 @@ def _run_uncached(
     sampling = Sampling() if sampling is None else sampling
     tokens, lengths = pad_prompts(prompts, model.config.vocab_size)
     model.cache_spec(tokens.shape[1] + max_new_tokens - 1)  # refuses what the model cannot read
-    graph, params = nnx.split(model)
+    graph, params = split(model)
     stops = tuple(stop_tokens)
     capacity = power_of_two(tokens.shape[1])
     history = np.pad(tokens, ((0, 0), (0, capacity - tokens.shape[1])))
@@ -481,7 +482,7 @@ def open_cache(
 
 
 def prefill(
-    graph: Any,
+    graph: Graph,
     params: Any,
     state: core.CacheState,
     tokens: np.ndarray,
@@ -534,7 +535,7 @@ def _result(loop: _Loop, max_new_tokens: int, cache: core.CacheState | None) -> 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _prefill(
-    graph: Any,
+    graph: Graph,
     params: Any,
     state: core.CacheState,
     chunk: jax.Array,
@@ -542,14 +543,14 @@ def _prefill(
     last: jax.Array | None,
 ) -> tuple[jax.Array, core.CacheState]:
     """Feeds a chunk; returns each row's latest hidden state so far, (B, E), and the cache."""
-    hidden, state = nnx.merge(graph, params).hidden(chunk, state, lengths=counts)
+    hidden, state = graph.merge(params).hidden(chunk, state, lengths=counts)
     newest = hidden_at(hidden, counts)
     return newest if last is None else jnp.where((counts > 0)[:, None], newest, last), state
 
 
 @partial(jax.jit, static_argnums=0)
-def _last_hidden(graph: Any, params: Any, history: jax.Array, lengths: jax.Array) -> jax.Array:
-    return hidden_at(nnx.merge(graph, params).hidden(history)[0], lengths)
+def _last_hidden(graph: Graph, params: Any, history: jax.Array, lengths: jax.Array) -> jax.Array:
+    return hidden_at(graph.merge(params).hidden(history)[0], lengths)
 
 
 def hidden_at(hidden: jax.Array, counts: jax.Array) -> jax.Array:
@@ -560,7 +561,7 @@ def hidden_at(hidden: jax.Array, counts: jax.Array) -> jax.Array:
 
 @partial(jax.jit, static_argnums=(0, 6, 7, 8), donate_argnums=2)
 def _start(
-    graph: Any,
+    graph: Graph,
     params: Any,
     cache: Any,
     last: jax.Array,
@@ -582,7 +583,7 @@ def _start(
         seen=seen,
         key=key,
     )
-    return _choose(nnx.merge(graph, params), loop, last, sampling, stops)
+    return _choose(graph.merge(params), loop, last, sampling, stops)
 
 
 def _choose(
@@ -613,7 +614,7 @@ def _loop_until(limit: jax.Array, feed: Callable[[_Loop], _Loop], loop: _Loop) -
 
 @partial(jax.jit, static_argnums=(0, 4, 5), donate_argnums=2)
 def _decode(
-    graph: Any,
+    graph: Graph,
     params: Any,
     loop: _Loop,
     limit: jax.Array,
@@ -621,7 +622,7 @@ def _decode(
     stops: tuple[int, ...],
 ) -> _Loop:
     """Decodes until `limit` tokens are chosen or all rows are done."""
-    model = nnx.merge(graph, params)
+    model = graph.merge(params)
 
     def feed(loop: _Loop) -> _Loop:
         live = (~loop.done).astype(jnp.int32)
@@ -633,7 +634,7 @@ def _decode(
 
 @partial(jax.jit, static_argnums=(0, 4, 5), donate_argnums=2)
 def _recompute(
-    graph: Any,
+    graph: Graph,
     params: Any,
     loop: _Loop,
     limit: jax.Array,
@@ -641,7 +642,7 @@ def _recompute(
     stops: tuple[int, ...],
 ) -> _Loop:
     """`_decode` without a cache: `loop.cache` is (tokens so far, lengths)."""
-    model = nnx.merge(graph, params)
+    model = graph.merge(params)
 
     def feed(loop: _Loop) -> _Loop:
         history, lengths = loop.cache

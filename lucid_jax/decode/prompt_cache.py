@@ -18,7 +18,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.typing import ArrayLike
 
 from lucid_jax.cache import state as core
@@ -28,6 +27,7 @@ from lucid_jax.cache.rows import insert
 from lucid_jax.cache.segments import cut, join
 from lucid_jax.decode import prompt_files
 from lucid_jax.decode.generation import open_cache, pad_prompts, prefill
+from lucid_jax.decode.graph import split
 from lucid_jax.decode.prompt_chunks import ROOT, Content, name_of
 
 
@@ -131,7 +131,7 @@ class PromptCache:
         # Not the caller's list, which may change.
         self.spec = tuple(spec) if isinstance(spec, Sequence) else spec
         self._model = model
-        self._graph, self._params = nnx.split(model)
+        self._graph, self._params = split(model)
         self._weights = jax.tree.leaves(self._params)  # as they are now: the model may get others
         self._stats = Stats()
         self._nbytes = 0
@@ -257,7 +257,7 @@ class PromptCache:
 
     def _check_model(self, model: Any) -> None:
         """Raises unless a model has the very weights that this prompt cache was made for."""
-        graph, params = nnx.split(model)
+        graph, params = split(model)
         ours, theirs = self._weights, jax.tree.leaves(params)
         same = len(ours) == len(theirs) and all(a is b for a, b in zip(ours, theirs, strict=True))
         if not same or graph != self._graph:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx, struct
+from flax import struct
 from jax.typing import ArrayLike
 
 from lucid_jax.cache import state as core
@@ -42,6 +42,7 @@ from lucid_jax.decode.generation import (
     prefill,
     seen_tokens,
 )
+from lucid_jax.decode.graph import Graph, split
 from lucid_jax.decode.sampling import Sampling, sample
 from lucid_jax.decode.topology import Topology
 
@@ -70,7 +71,7 @@ class Speculation(Generation):
 class _Setup:
     """What the compiled loop is specialised to."""
 
-    graph: Any  # of the target
+    graph: Graph  # of the target
     drafter: Drafter
     sampling: Sampling
     stops: tuple[int, ...]
@@ -153,40 +154,35 @@ def speculate(
     check_count(max_new_tokens, "max_new_tokens", 1)
     check_count(prefill_chunk, "prefill_chunk", 1)
     sampling = Sampling() if sampling is None else sampling
-    drafter, draft_model = _drafter(model, draft, draft_tokens, sampling)
+    drafter, draft_model, draft_params = _drafter(model, draft, draft_tokens, sampling)
     if draft_model is None and draft_cache is not None:
         raise ValueError("NGram() has no model, so no draft_cache; leave it out")
     tokens, lengths = pad_prompts(prompts, model.config.vocab_size)
     batch, longest = tokens.shape
     spare = 0 if drafter.tree is None else drafter.tree.nodes - drafter.tree.depth
 
-    def prefilled(one: Any, spec: Any, name: str) -> tuple[Any, Any, jax.Array, core.CacheState]:
+    def prefilled(
+        one: Any, graph: Graph, params: Any, spec: Any, name: str
+    ) -> tuple[jax.Array, core.CacheState]:
         state = open_cache(
             one, spec, batch, longest, max_new_tokens, spare=spare, slack=drafter.width
         )
         _check_can_take_back(state, drafter, name)
-        graph, params = nnx.split(one)
-        return graph, params, *prefill(graph, params, state, tokens, lengths, prefill_chunk)
+        return prefill(graph, params, state, tokens, lengths, prefill_chunk)
 
-    graph, params, last, state = prefilled(model, cache, "cache")
-    draft_params = draft_state = None
-    if draft_model is not None:
-        _, draft_params, _, draft_state = prefilled(draft_model, draft_cache, "draft_cache")
+    graph, params = split(model)
+    last, state = prefilled(model, graph, params, cache, "cache")
+    draft_state = None
+    if isinstance(drafter, ModelDrafter | TreeDrafter):
+        _, draft_state = prefilled(
+            draft_model, drafter.graph, draft_params, draft_cache, "draft_cache"
+        )
     setup = _Setup(graph, drafter, sampling, tuple(stop_tokens))
-    loop = _Loop(
-        cache=state,
-        draft_cache=draft_state,
-        history=jnp.asarray(_history(tokens, max_new_tokens)),
-        filled=jnp.asarray(lengths),
-        limit=jnp.asarray(lengths + max_new_tokens),
-        done=jnp.zeros(len(tokens), bool),
-        seen=seen_tokens(tokens, lengths, model, sampling),
-        rounds=jnp.zeros(len(tokens), jnp.int32),
-        proposed=jnp.zeros(len(tokens), jnp.int32),
-        accepted=jnp.zeros(len(tokens), jnp.int32),
-        key=jax.random.key(seed),
-    )
-    loop = _first_token(setup, params, loop, last)
+    loop = _start(
+        setup, params, state, draft_state, last, _history(tokens, max_new_tokens), lengths,
+        np.int32(max_new_tokens), seen_tokens(tokens, lengths, model, sampling),
+        jax.random.key(seed),
+    )  # fmt: skip
 
     need = tokens.shape[1] + max_new_tokens - 1 + spare
     while not bool(np.all(loop.done)):
@@ -203,11 +199,11 @@ def speculate(
 
 def _drafter(
     model: Any, draft: Any, draft_tokens: int, sampling: Sampling
-) -> tuple[Drafter, Any | None]:
-    """What drafts in the compiled loop, and the model that it needs a cache for."""
+) -> tuple[Drafter, Any | None, Any]:
+    """What drafts in the compiled loop, the model that it needs a cache for, and its parameters."""
     width = check_count(draft_tokens, "draft_tokens", 1)
     if isinstance(draft, NGram):
-        return NGramDrafter(draft, width, model.config.vocab_size), None
+        return NGramDrafter(draft, width, model.config.vocab_size), None, None
     draft_model: Any = draft.model if isinstance(draft, Tree) else draft
     if not callable(getattr(draft_model, "hidden", None)):
         raise TypeError(
@@ -218,9 +214,9 @@ def _drafter(
             f"the draft must have the model's vocabulary of {model.config.vocab_size} tokens, got "
             f"{draft_model.config.vocab_size}; use a draft made with the same tokenizer"
         )
-    graph = nnx.split(draft_model)[0]
+    graph, params = split(draft_model)
     if not isinstance(draft, Tree):
-        return ModelDrafter(graph, width), draft_model
+        return ModelDrafter(graph, width), draft_model, params
     if sampling.temperature > 0:
         raise ValueError(
             "a tree of drafts decodes greedily; use temperature=0, or a chain: draft=model"
@@ -242,7 +238,7 @@ def _drafter(
             f"the children of a node are different tokens, of {model.config.vocab_size}, got "
             f"branching={tree.branching}; use fewer"
         )
-    return TreeDrafter(graph, tree), draft_model
+    return TreeDrafter(graph, tree), draft_model, params
 
 
 def _check_can_take_back(state: core.CacheState, drafter: Drafter, name: str) -> None:
@@ -312,10 +308,35 @@ def _result(loop: _Loop, lengths: np.ndarray, max_new_tokens: int) -> Speculatio
 # --- the device's part -----------------------------------------------------------------------------
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _first_token(setup: _Setup, params: Any, loop: _Loop, last: jax.Array) -> _Loop:
+@partial(jax.jit, static_argnums=0, donate_argnums=(2, 3))
+def _start(
+    setup: _Setup,
+    params: Any,
+    cache: core.CacheState,
+    draft_cache: core.CacheState | None,
+    last: jax.Array,
+    history: jax.Array,
+    lengths: jax.Array,
+    max_new_tokens: jax.Array,
+    seen: jax.Array | None,
+    key: jax.Array,
+) -> _Loop:
     """Chooses the token after the prompt, as `generate` does, from its last hidden state (B, E)."""
-    logits = nnx.merge(setup.graph, params).logits(last[:, None])[:, 0]
+    none = jnp.zeros_like(lengths)
+    loop = _Loop(
+        cache=cache,
+        draft_cache=draft_cache,
+        history=history,
+        filled=lengths,
+        limit=lengths + max_new_tokens,
+        done=none > 0,
+        seen=seen,
+        rounds=none,
+        proposed=none,
+        accepted=none,
+        key=key,
+    )
+    logits = setup.graph.merge(params).logits(last[:, None])[:, 0]
     token = sample(logits, jax.random.fold_in(loop.key, 0), setup.sampling, loop.seen)
     return _add(setup, loop, token[:, None], jnp.ones_like(loop.filled))[0]
 
@@ -364,7 +385,7 @@ def _decode(setup: _Setup, params: Any, loop: _Loop, stop_at: jax.Array) -> _Loo
 def _round(setup: _Setup, params: Any, loop: _Loop) -> _Loop:
     """Drafts, verifies, keeps what holds."""
     drafter, sampling = setup.drafter, setup.sampling
-    target = nnx.merge(setup.graph, params[0])
+    target = setup.graph.merge(params[0])
     live = ~loop.done
     left = jnp.where(live, loop.limit - loop.filled, 0)
     text = Text(loop.history, loop.filled, left, loop.seen)

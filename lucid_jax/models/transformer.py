@@ -240,10 +240,12 @@ class Transformer(nnx.Module):
         if self.config.family.scaled_embeddings:
             # Gemma rounds the factor to the dtype it computes in.
             hidden = hidden * jnp.asarray(math.sqrt(self.config.hidden_size), hidden.dtype)
+        if positions is None and not self.rope_by_place:
+            # Once for all layers, which all get the same tokens.
+            positions = next_positions(cache, tokens.shape[1], lengths=lengths)
         known = None
         if self.embed_positions is not None:
-            if positions is None:
-                positions = next_positions(cache, tokens.shape[1], lengths=lengths)
+            assert positions is not None
             table = self.config.max_position_embeddings
             rows = positions.reshape(-1, tokens.shape[1])
             hidden = hidden + self.embed_positions(jnp.minimum(rows, table - 1))
