@@ -1,10 +1,11 @@
-"""Small builders shared by the tests: tokens, states, poison."""
+"""Shared by the tests: small builders of tokens and states, poison, recorded beams."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import lucid_jax as lj
+from lucid_jax.decode import beam_search
 
 H, D, DV = 2, 4, 3  # heads and widths of the tests that do not care
 
@@ -98,3 +99,24 @@ def poison(state):
         return layer.replace(key=key, value=value, recent=recent)
 
     return state.with_layers(spoil_layer(layer) for layer in state.layers)
+
+
+def check_beams(model, recorded, expected, index, **options):
+    """All hypotheses in setting `index` are the recorded ones; returns the search.
+
+    `recorded` are prompts and cases, `expected` the arrays, as `fixtures/record_*beam*.py` write them.
+    """
+    case = recorded["cases"][index]
+    result = beam_search(
+        model,
+        recorded["prompts"],
+        max_new_tokens=recorded["max_new_tokens"],
+        num_return_sequences=case["num_beams"],
+        **case,
+        **options,
+    )
+    assert len(result.sequences) == 50
+    np.testing.assert_array_equal(result.sequences, expected[f"sequences_{index}"])
+    np.testing.assert_array_equal(result.lengths, expected[f"lengths_{index}"])
+    np.testing.assert_allclose(result.scores, expected[f"scores_{index}"], atol=1e-4, rtol=1e-4)
+    return result

@@ -14,7 +14,8 @@ from flax import nnx
 import lucid_jax as lj
 from lucid_jax.decode import BeamResult, beam, beam_search, generate, generation
 from lucid_jax.models import ModelConfig, Transformer, load_model
-from tests.helpers import assert_same, make, tokens
+from tests.helpers import assert_same, check_beams, make, tokens
+from tests.plain_beam import search
 
 FIXTURES = Path(__file__).parent / "fixtures"
 RECORDED = json.loads((FIXTURES / "beam" / "cases.json").read_text())
@@ -49,44 +50,6 @@ def last_logits(spec=None, rows=4, length=24):
     return logits
 
 
-def reference(
-    logits,
-    prompt,
-    width,
-    new,
-    *,
-    length_penalty=1.0,
-    early_stopping=False,
-    repetition_penalty=1.0,
-    stops=(),
-):
-    """Beam search with Python lists: [(score, tokens)], best first."""
-    live, finished = [(0.0, [])], []
-    for n in range(1, new + 1):
-        candidates = []
-        rows = logits([prompt + text for _, text in live])
-        for (total, text), row in zip(live, rows, strict=True):
-            log_probs = row - np.logaddexp.reduce(row)
-            for token in set(prompt + text) if repetition_penalty != 1 else ():
-                log_probs[token] *= repetition_penalty
-            candidates += [(total + p, [*text, t]) for t, p in enumerate(log_probs)]
-        candidates.sort(key=lambda c: -c[0])
-        over = n == new
-        finished += [
-            (total / n**length_penalty, text)
-            for total, text in candidates[:width]
-            if over or text[-1] in stops
-        ]
-        finished = sorted(finished, key=lambda f: -f[0])[:width]
-        live = [c for c in candidates if c[1][-1] not in stops][:width]
-        if len(finished) == width:
-            hopeful = early_stopping == "never" and length_penalty > 0
-            hope = live[0][0] / (new if hopeful else n) ** length_penalty
-            if early_stopping is True or hope <= finished[-1][0]:
-                break
-    return finished
-
-
 def check(result, expected):
     """The result holds these hypotheses of each prompt."""
     assert result.rows() == [[text for _, text in row] for row in expected]
@@ -108,17 +71,17 @@ RULES = [
 )
 def test_hypotheses_are_those_of_a_plain_search(history, compilations):
     """Every rule, prompts of unequal length, however the past is kept; rules compile nothing."""
-    search = functools.partial(
+    compiled = functools.partial(
         beam_search, model(), PROMPTS, num_beams=3, num_return_sequences=3, max_new_tokens=NEW,
         stop_tokens=STOPS, history=history,
     )  # fmt: skip
-    plain = functools.partial(reference, last_logits(), width=3, new=NEW, stops=STOPS)
+    plain = functools.partial(search, last_logits(), width=3, new=NEW, stops=STOPS)
     before = None
     for rules in RULES:
-        result = search(**rules)
+        result = compiled(**rules)
         before = compilations() if before is None else before
         assert compilations() == before
-        expected = [plain(prompt, **rules) for prompt in PROMPTS]
+        expected = [plain(prompt, **rules)[0] for prompt in PROMPTS]
         before = compilations()
         check(result, expected)
         assert result.history == history
@@ -133,8 +96,8 @@ def test_a_repetition_penalty():
         model(), PROMPTS, num_beams=3, num_return_sequences=3, max_new_tokens=NEW,
         stop_tokens=STOPS, **options,
     )  # fmt: skip
-    plain = functools.partial(reference, last_logits(), width=3, new=NEW, stops=STOPS)
-    check(result, [plain(prompt, **options) for prompt in PROMPTS])
+    plain = functools.partial(search, last_logits(), width=3, new=NEW, stops=STOPS)
+    check(result, [plain(prompt, **options)[0] for prompt in PROMPTS])
 
 
 def cases():
@@ -156,14 +119,7 @@ def test_hypotheses_are_those_of_transformers(group):
     """All hypotheses of 50 random prompts, in 17 settings, as transformers 5 found them."""
     expected = np.load(FIXTURES / "beam" / "expected.npz")
     for index in group:
-        case = RECORDED["cases"][index]
-        result = beam_search(
-            model(), RECORDED["prompts"], max_new_tokens=RECORDED["max_new_tokens"],
-            num_return_sequences=case["num_beams"], **case,
-        )  # fmt: skip
-        np.testing.assert_array_equal(result.sequences, expected[f"sequences_{index}"])
-        np.testing.assert_array_equal(result.lengths, expected[f"lengths_{index}"])
-        np.testing.assert_allclose(result.scores, expected[f"scores_{index}"], atol=1e-4, rtol=1e-4)
+        check_beams(model(), RECORDED, expected, index)
 
 
 def test_moving_only_what_parted_loses_nothing():
@@ -252,7 +208,7 @@ def test_any_cache_searches_as_it_would_alone(spec, history):
     )
     assert result.history == history
     logits = last_logits(tuple(spec) if isinstance(spec, list) else spec)
-    check(result, [reference(logits, prompt, 4, NEW, stops=STOPS) for prompt in PROMPTS])
+    check(result, [search(logits, prompt, 4, NEW, stops=STOPS)[0] for prompt in PROMPTS])
 
 
 def test_a_prompt_is_prefilled_once_not_once_per_beam(monkeypatch):

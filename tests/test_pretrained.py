@@ -1,6 +1,7 @@
 """`load_pretrained`: what transformers recorded of a tiny model of each family, and bad checkpoints.
 
-`fixtures/record.py` says what was recorded and how; these tests need neither torch nor transformers.
+`fixtures/record.py`, and `record_family_beams.py` beside it, say what was recorded and how; these tests
+need neither torch nor transformers.
 """
 
 import functools
@@ -22,6 +23,7 @@ from lucid_jax.models import CheckpointError, ModelConfig, load_pretrained
 from lucid_jax.models import weights as weights_module
 from lucid_jax.models.checkpoint import save_model
 from lucid_jax.models.families import FAMILIES
+from tests.helpers import check_beams
 
 FIXTURES = Path(__file__).parent / "fixtures" / "pretrained"
 NAMES = sorted(path.name for path in FIXTURES.iterdir())
@@ -135,10 +137,57 @@ def test_greedy_is_transformers(name):
     check_greedy(name, generate_uncached)
 
 
+@functools.cache
+def recorded_beams(name):
+    """Prompts and settings, and the hypotheses of each."""
+    recorded = json.loads((FIXTURES / name / "beams.json").read_text())
+    return recorded, dict(np.load(FIXTURES / name / "beams.npz"))
+
+
+THREE_BEAMS, NEVER = (1, 2, 3), 5  # settings: those that compile one program; 4 beams to the end
+
+
+@pytest.mark.parametrize("name", ["gemma3", "gpt2"])
+def test_beams_are_transformers_by_row_and_in_a_tree(name):
+    """All hypotheses of 50 prompts: on reordered rings, and in one row at learned positions."""
+    model = loaded(name)[0]
+    results = [check_beams(model, *recorded_beams(name), index) for index in THREE_BEAMS]
+    assert {result.history for result in results} == {"reorder" if name == "gemma3" else "tree"}
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", NAMES)
+def test_beams_are_transformers(name):
+    """Every setting, in the caches that the model asks for; beams move after windows of 8 are full."""
+    model = loaded(name)[0]
+    recorded, expected = recorded_beams(name)
+    assert len({json.dumps(case) for case in recorded["cases"]}) == 8
+    lengths = np.array([len(prompt) for prompt in recorded["prompts"]])
+    for index, case in enumerate(recorded["cases"]):
+        result = check_beams(model, recorded, expected, index)
+        assert result.history == ("reorder" if any(model.windows) else "tree")
+        moved = result.parents != np.arange(case["num_beams"])  # (S, B, W)
+        stored = lengths[None] + np.arange(len(moved))[:, None]
+        assert moved[(stored > 8) & (stored > lengths)].sum() > 100
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", NAMES)
+def test_beams_are_transformers_however_the_past_is_kept(name):
+    """As a tree where there can be one, by moving what parted, or all; windows also without rings."""
+    model = loaded(name)[0]
+    recorded = recorded_beams(name)
+    histories = ("reorder", "gather") if any(model.windows) else ("tree", "reorder", "gather")
+    for history in histories:
+        assert check_beams(model, *recorded, NEVER, history=history).history == history
+    if any(model.windows):
+        check_beams(model, *recorded, NEVER, cache=lj.Static(14 + 16))
+
+
 def test_the_fixtures_cover_every_family():
     """And small: what is recorded ships with the source."""
     assert {loaded(name)[0].config.model_type for name in NAMES} == set(FAMILIES)
-    assert sum(path.stat().st_size for path in FIXTURES.rglob("*")) < 1_500_000
+    assert sum(path.stat().st_size for path in FIXTURES.rglob("*") if path.is_file()) < 1_550_000
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -199,7 +248,8 @@ def folder(tmp_path):
 def copy_of(name, path):
     folder = path / name
     shutil.copytree(FIXTURES / name, folder)
-    (folder / "expected.safetensors").unlink()
+    for file in ("expected.safetensors", "beams.json", "beams.npz"):
+        (folder / file).unlink()
     return folder
 
 
