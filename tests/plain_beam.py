@@ -23,17 +23,19 @@ def search(
     """
     live, finished, margins = [(0.0, [])], [], []
 
-    def compare(score, length, other, other_length):
-        """Notes by how much both sums may be off before the two scores change places."""
-        rates = length**-length_penalty + other_length**-length_penalty
-        margins.append(abs(score - other) / rates)
+    def compare(some, others):
+        """Notes by how much all sums may be off before any of these scores change places."""
+        for (score, length), (other, other_length) in itertools.product(some, others):
+            rates = length**-length_penalty + other_length**-length_penalty
+            margins.append(abs(score - other) / rates)
 
-    def cut(ranked, finished=False):
-        """The `width` best of what is sorted."""
+    def scored(hypotheses):
+        return [(score, len(text)) for score, text in hypotheses]
+
+    def cut(ranked):
+        """The `width` best of texts that are sorted by their sums."""
         if len(ranked) > width:
-            (score, text), (other, other_text) = ranked[width - 1 : width + 1]
-            lengths = (len(text), len(other_text)) if finished else (1, 1)  # sums are not divided
-            compare(score, lengths[0], other, lengths[1])
+            margins.append((ranked[width - 1][0] - ranked[width][0]) / 2)
         return ranked[:width]
 
     for n in range(1, new + 1):
@@ -51,7 +53,9 @@ def search(
             for total, text in cut(candidates)
             if over or text[-1] in stops
         ]
-        finished = cut(sorted(finished, key=lambda f: -f[0]), finished=True)
+        finished.sort(key=lambda f: -f[0])
+        compare(scored(finished[:width]), scored(finished[width:]))
+        finished = finished[:width]
         if over:
             break
         live = cut([c for c in candidates if c[1][-1] not in stops])
@@ -60,10 +64,11 @@ def search(
                 break
             length = new if early_stopping == "never" and length_penalty > 0 else n
             hope = live[0][0] / length**length_penalty
-            worst, text = finished[-1]
-            compare(hope, length, worst, len(text))
-            if hope <= worst:
+            over = hope <= finished[-1][0]
+            # To go on, one that is worse is enough; to stop, none may be.
+            compare([(hope, length)], scored(finished if over else finished[-1:]))
+            if over:
                 break
-    for (score, text), (other, other_text) in itertools.pairwise(finished):
-        compare(score, len(text), other, len(other_text))
+    for one, other in itertools.combinations(scored(finished), 2):
+        compare([one], [other])
     return finished, min(margins)

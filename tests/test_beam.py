@@ -88,6 +88,16 @@ def test_hypotheses_are_those_of_a_plain_search(history, compilations):
         assert (result.sequences[np.arange(NEW) >= result.lengths[..., None]] == 0).all()
 
 
+def test_a_plain_search_says_how_close_it_was():
+    """Two hypotheses of equal length n differ least: their scores by log(10 / 9) / n ** 2."""
+    logits = np.log([0.5, 0.45, 0.05])
+    found, margin = search(
+        lambda texts: np.stack([logits] * len(texts)), [7], 2, 2, length_penalty=2.0, stops=[1]
+    )
+    assert [text for _, text in found] == [[0, 0], [0, 1]]
+    assert margin == pytest.approx(np.log(10 / 9) / 2)  # one sum down by this, the other up
+
+
 @pytest.mark.exhaustive
 def test_a_repetition_penalty():
     """Tokens of the prompt and of the beam's own past become less likely, not those of others."""
