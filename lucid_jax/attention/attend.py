@@ -21,6 +21,7 @@ from jax.typing import ArrayLike
 
 from lucid_jax.attention.rope import Rope, as_rope, rope
 from lucid_jax.cache.checks import as_array, check_count, is_traced
+from lucid_jax.cache.forms import products
 from lucid_jax.cache.inputs import (
     absolute_positions,
     as_counts,
@@ -458,7 +459,7 @@ def _walk(
             place = region.key_place(*where)
             key = part.key_form.decode(key).astype(wide)
             key = rope(key, place, options.rope_theta)
-            scores = jnp.einsum("bhrd,bhsd->bhrs", rows, key)
+            scores = products(rows, key)
         scores = scores.reshape(batch, kv_heads, -1, tokens, size)
         if options.softcap is not None:
             scores = options.softcap * jnp.tanh(scores / options.softcap)

@@ -20,7 +20,19 @@ from jax import lax
 
 Stored = Any  # a leaf, or a dict of leaves; the first has one entry per token
 
+_FEW = 64  # queries of a KV head up to which XLA on CPU wants the keys as the product's left side
 _FLOOR = float(np.finfo(np.float32).tiny)  # the least scale: dividing by it is safe, and 0 stays 0
+
+
+def products(rows: jax.Array, keys: jax.Array) -> jax.Array:
+    """Products of rows (B, H, R, D) and keys (B, H, S, D), (B, H, R, S).
+
+    With few rows the keys come first: for B=1, H=8, D=128, S=256 on CPU 22 us against 37-45 with 2,
+    55 against 74 with 16; with 512 it would be 2.3 ms against 1.8.
+    """
+    if rows.shape[2] > _FEW:
+        return jnp.einsum("bhrd,bhsd->bhrs", rows, keys)
+    return jnp.swapaxes(jnp.einsum("bhsd,bhrd->bhsr", keys, rows), 2, 3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +57,7 @@ class Form(abc.ABC):
 
     def scores(self, rows: jax.Array, stored: Stored) -> jax.Array:
         """Products of rows (B, H, R, D) and stored keys of S tokens: (B, H, R, S) in rows' dtype."""
-        return jnp.einsum("bhrd,bhsd->bhrs", rows, self.decode(stored).astype(rows.dtype))
+        return products(rows, self.decode(stored).astype(rows.dtype))
 
     def mix(self, weights: jax.Array, stored: Stored) -> jax.Array:
         """Weights (B, H, R, S) times stored values of S tokens: (B, H, R, D) in weights' dtype."""
@@ -106,7 +118,7 @@ class Scaled(Form):
 
     def scores(self, rows: jax.Array, stored: dict[str, jax.Array]) -> jax.Array:
         """See `Form.scores`."""
-        raw = jnp.einsum("bhrd,bhsd->bhrs", rows, self._numbers(stored, rows.dtype))
+        raw = products(rows, self._numbers(stored, rows.dtype))
         return raw * stored["scale"].astype(rows.dtype)[:, :, None]
 
     def mix(self, weights: jax.Array, stored: dict[str, jax.Array]) -> jax.Array:
@@ -153,7 +165,7 @@ class Nibbles(Form):
         total = jnp.einsum("bhrg,bhsg->bhrs", sums, offset)
         for group, begin, codes in self._pieces(stored, rows.dtype):
             part = rows[..., begin : begin + codes.shape[3]]
-            raw = jnp.einsum("bhrd,bhsd->bhrs", part, codes)
+            raw = products(part, codes)
             total = total + raw * scale[:, :, None, :, group]
         return total
 

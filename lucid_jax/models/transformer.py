@@ -157,7 +157,6 @@ class Transformer(nnx.Module):
         dtypes: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
         self.config = config
         self.dtype = jnp.dtype(dtype)
-        self.rope_by_place = rope_by_place
         embed = functools.partial(
             nnx.Embed,
             features=config.hidden_size,
@@ -258,6 +257,11 @@ class Transformer(nnx.Module):
         if known is not None:  # past the last learned position nothing sound can come out
             hidden = jnp.where(known[..., None], hidden, jnp.nan)
         return hidden, cache
+
+    @property
+    def rope_by_place(self) -> bool:
+        """Whether a layer counts positions in the cache; see `MultiHeadAttention`."""
+        return any(layer.self_attn.rope_by_place for layer in self.layers)
 
     @property
     def windows(self) -> tuple[int | None, ...]:
