@@ -313,9 +313,9 @@ def _joint(model, prompt, count, sampling):
 UNLIKELY = 1e-6
 
 
-def _samples_follow_the_model(draft, sampling):
+def _samples_follow_the_model(draft, sampling, runs=5):
     """The drafts' acceptance, and how likely such samples are if the model drew them."""
-    model, rows, count, runs = make_model(5, vocab=5, hidden=8), 4000, 3, 5
+    model, rows, count = make_model(5, vocab=5, hidden=8), 4000, 3
     prompt = [1, 2, 1]
     counts, accepted = np.zeros(5**count, int), []
     for seed in range(runs):
@@ -334,7 +334,7 @@ def _samples_follow_the_model(draft, sampling):
 def test_sampled_tokens_follow_the_model():
     """Three tokens' joint distribution is the model's own, with a draft of quite another opinion."""
     draft = make_model(5, noise=1.0, vocab=5, hidden=8)
-    acceptance, p = _samples_follow_the_model(draft, lj.Sampling(8.0))
+    acceptance, p = _samples_follow_the_model(draft, lj.Sampling(8.0), runs=2)
     assert 0.2 < acceptance < 0.95
     assert p > UNLIKELY
 

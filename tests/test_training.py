@@ -11,6 +11,8 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
+from lucid_jax.decode import generate
+from lucid_jax.models import distill as distillation
 from lucid_jax.models.checkpoint import CheckpointError, load_model, save_model
 from lucid_jax.models.config import ModelConfig
 from lucid_jax.models.corpus import Document, split
@@ -292,3 +294,39 @@ def test_a_failed_write_leaves_the_old_file(finished, model_dir, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         save_model(model_dir, model, tokenizer)
     assert {path.name: path.read_bytes() for path in model_dir.iterdir()} == before
+
+
+# --- distillation ----------------------------------------------------------------------------------
+
+
+def test_what_the_target_writes_goes_on_greedily_from_the_corpus(finished):
+    """Each row begins with a piece of the stream, and ends as `generate` ends it; seeded."""
+    model, tokenizer = load_model(finished[0] / "model")
+    stream = pack(tokenizer, CORPUS.train)
+    texts = distillation.written_by(model, stream, 3, prompt=5, new=4)
+    assert texts.shape == (3, 9) and texts.dtype == np.int32
+    places = np.lib.stride_tricks.sliding_window_view(stream, 5)
+    assert all((places == row[:5]).all(axis=1).any() for row in texts)
+    np.testing.assert_array_equal(
+        texts[:, 5:], generate(model, texts[:, :5], max_new_tokens=4).tokens
+    )
+    again, other = (
+        distillation.written_by(model, stream, 3, prompt=5, new=4, seed=seed) for seed in (0, 1)
+    )
+    np.testing.assert_array_equal(texts, again)
+    assert (texts != other).any()
+
+
+def test_a_draft_learns_its_targets_text(finished, tmp_path, monkeypatch):
+    """Half of each batch is the target's: what a draft of the same size loses falls."""
+    monkeypatch.setattr(
+        distillation, "load_model", lambda folder=finished[0] / "model": load_model(folder)
+    )
+    monkeypatch.setattr(distillation, "python_corpus", lambda: CORPUS)
+    recipe = dataclasses.replace(RECIPE, steps=12, short_context=16, long_fraction=0.0)
+    losses = distillation.distill(finished[0] / "model", tmp_path, recipe, rows=4, prompt=8)
+    assert len(losses) == 12 and np.mean(losses[-4:]) < np.mean(losses[:4])
+    before, after = (load_model(folder)[0] for folder in (finished[0] / "model", tmp_path))
+    assert after.config == before.config
+    changed = jax.tree.map(lambda a, b: bool((a != b).any()), nnx.state(before), nnx.state(after))
+    assert any(jax.tree.leaves(changed))

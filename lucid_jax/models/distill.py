@@ -2,11 +2,12 @@ r"""Teaches a draft to write like its target: `python -m lucid_jax.models.distil
 
 The target continues pieces of the corpus greedily, and the draft goes on training on batches of half
 corpus, half that text (sequence-level distillation, Kim & Rush 2016; for drafts, DistillSpec, Zhou et
-al. 2024). The draft that ships was made so, on one core in 10 and 15 minutes:
+al. 2024). The draft that ships was made so, on one core in half an hour:
 
     python -m lucid_jax.models.train --draft --out a --steps 5000 --learning-rate 4e-3 \
         --weight-decay 0.1 --eval-every 5000
     python -m lucid_jax.models.distill --draft a/model --out b --steps 4000 --learning-rate 3e-3
+    python -m lucid_jax.models.distill --draft b --out c --steps 4500 --learning-rate 2e-3 --rows 5120
 """
 
 from __future__ import annotations

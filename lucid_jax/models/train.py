@@ -304,14 +304,13 @@ def embedded_config(vocab_size: int, context: int) -> ModelConfig:
 
 
 def draft_config(vocab_size: int, context: int) -> ModelConfig:
-    """The sizes of the embedded model's draft: 0.3 M parameters, a twelfth of its own."""
+    """The sizes of the embedded model's draft: 0.2 M parameters, an eighteenth of its own."""
     return ModelConfig(
         vocab_size=vocab_size,
-        hidden_size=96,
+        hidden_size=64,
         intermediate_size=256,
         num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
+        num_attention_heads=1,
         max_position_embeddings=context,
     )
 
