@@ -1,6 +1,7 @@
 """Strict JAX settings, hypothesis profiles, and the fixtures every test file shares."""
 
 import os
+from pathlib import Path
 
 # Most of the suite's time is compiling; what LLVM makes of a program is not what is tested here.
 os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
@@ -41,18 +42,28 @@ def compilations():
     return lambda: _compilations
 
 
-_PROGRAMS_KEPT = 1000
-_forgotten = 0
+_MAPS_KEPT = 20_000
+_looked = 0
+
+
+def _memory_maps():
+    """How many this process has; 0 where the system does not tell."""
+    try:
+        return Path("/proc/self/maps").read_bytes().count(b"\n")
+    except OSError:
+        return 0
 
 
 @pytest.fixture(autouse=True)
 def _forget_programs():
     """Drops compiled programs now and then.
 
-    Each takes a dozen memory maps, of which Linux grants a process 65,530; past that XLA crashes.
+    Each takes a dozen memory maps or many more, of which Linux grants a process 65,530; past that XLA
+    crashes.
     """
-    global _forgotten
+    global _looked
     yield
-    if _compilations - _forgotten > _PROGRAMS_KEPT:
-        jax.clear_caches()
-        _forgotten = _compilations
+    if _compilations - _looked > 50:
+        _looked = _compilations
+        if _memory_maps() > _MAPS_KEPT:
+            jax.clear_caches()

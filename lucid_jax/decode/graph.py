@@ -1,7 +1,7 @@
 """A model as the compiled loops take it: its structure, which is static, and its parameters.
 
-nnx describes a structure by nested records whose hash and comparison take about a millisecond, for each
-of the jit calls of a short request. Here a structure is hashed once and compared with itself.
+nnx describes a structure by nested records. Hashing and comparing those of a small model takes a
+quarter of a millisecond, at each jit call; here it is done once for each request.
 """
 
 from __future__ import annotations
