@@ -225,6 +225,34 @@ def test_float_tokens_are_a_type_error(model):
         generate(model, [[1.5]], max_new_tokens=1)
 
 
+@pytest.mark.parametrize("decode", [generate, generate_uncached, lj.beam_search, lj.speculate])
+@pytest.mark.parametrize(
+    ("stops", "error", "match"),
+    [
+        (2, TypeError, r"list of token ids, got 2"),
+        ([2.0], TypeError, "a stop token must be an integer"),
+        ([True], TypeError, "a stop token must be an integer"),
+        ([-1], ValueError, "a stop token must be at least 0"),
+    ],
+)
+def test_bad_stop_tokens(model, decode, stops, error, match):
+    """A stop token that no choice can equal is a mistake, not a row that never stops."""
+    extra = {"num_beams": 2} if decode is lj.beam_search else {}
+    extra |= {"draft": lj.NGram()} if decode is lj.speculate else {}
+    with pytest.raises(error, match=match):
+        decode(model, [[1, 2]], max_new_tokens=2, stop_tokens=stops, **extra)
+
+
+def test_the_order_of_stop_tokens_compiles_nothing(model):
+    """Nor do repeats or NumPy's integers."""
+    options = {"max_new_tokens": 9, "cache": lj.Static(10)}
+    generate(model, [[1, 2]], stop_tokens=[3, 5], **options)
+    before = module._decode._cache_size()
+    for stops in ([5, 3], [3, 3, 5], np.array([5, 3])):
+        generate(model, [[1, 2]], stop_tokens=stops, **options)
+    assert module._decode._cache_size() == before
+
+
 def test_exactly_enough_capacity(model):
     """The last new token needs no slot: prompt + new - 1 slots are enough."""
     result = generate(model, [[1, 2, 3]], max_new_tokens=5, cache=lj.Static(7))

@@ -22,7 +22,7 @@ from lucid_jax.cache import state as core
 from lucid_jax.cache.checks import check_count
 from lucid_jax.cache.contiguous import grown_capacity
 from lucid_jax.cache.layer import LayerSpec
-from lucid_jax.decode.generation import open_cache, pad_prompts, prefill, seen_tokens
+from lucid_jax.decode.generation import as_stops, open_cache, pad_prompts, prefill, seen_tokens
 from lucid_jax.decode.graph import Graph, split
 from lucid_jax.decode.sampling import Sampling, penalized
 
@@ -199,7 +199,7 @@ def as_rules(
     if not (isinstance(early_stopping, bool) or early_stopping == "never"):
         raise ValueError(f"early_stopping must be False, True or 'never', got {early_stopping!r}")
     Sampling(repetition_penalty=repetition_penalty)  # raises if it is out of its range
-    stops = sorted({check_count(token, "a stop token") for token in stop_tokens})
+    stops = as_stops(stop_tokens)
     if len(stops) >= vocab:
         raise ValueError(f"of {vocab} ids at least one must not be a stop token")
     # In double precision and then rounded, as transformers does.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
@@ -143,6 +143,7 @@ def generate(
     Raises:
         ValueError: for an empty prompt, an id outside the vocabulary, a prompt that with
             `max_new_tokens` does not fit the cache or the model, or a prompt cache of another model.
+        TypeError: for ids, of prompts or stop tokens, that are not integers.
     """
     last = _run(
         model,
@@ -274,6 +275,7 @@ def _run(
     check_count(max_new_tokens, "max_new_tokens", 1)
     check_count(prefill_chunk, "prefill_chunk", 1)
     sampling = Sampling() if sampling is None else sampling
+    stops = as_stops(stop_tokens)
     tokens, lengths = pad_prompts(prompts, model.config.vocab_size)
     graph, params = split(model)
     if prompt_cache is None:
@@ -288,7 +290,7 @@ def _run(
         last, state = start.hidden, start.cache
     loop = _start(
         graph, params, state, last, seen_tokens(tokens, lengths, model, sampling),
-        jax.random.key(seed), _out_size(max_new_tokens), sampling, tuple(stop_tokens),
+        jax.random.key(seed), _out_size(max_new_tokens), sampling, stops,
     )  # fmt: skip
     yield loop
 
@@ -300,7 +302,7 @@ def _run(
             loop = loop.replace(cache=core.ensure_capacity(loop.cache, 1))
             room = core.room(loop.cache)
         limit = step + (call if room is None else min(call, room))
-        loop = _decode(graph, params, loop, np.int32(limit), sampling, tuple(stop_tokens))
+        loop = _decode(graph, params, loop, np.int32(limit), sampling, stops)
         core.check_overflow(loop.cache)
         step = limit
         yield loop
@@ -319,10 +321,10 @@ def _run_uncached(
     check_count(max_new_tokens, "max_new_tokens", 1)
     check_count(tokens_per_call, "tokens_per_call", 1)
     sampling = Sampling() if sampling is None else sampling
+    stops = as_stops(stop_tokens)
     tokens, lengths = pad_prompts(prompts, model.config.vocab_size)
     model.cache_spec(tokens.shape[1] + max_new_tokens - 1)  # refuses what the model cannot read
     graph, params = split(model)
-    stops = tuple(stop_tokens)
     capacity = power_of_two(tokens.shape[1])
     history = np.pad(tokens, ((0, 0), (0, capacity - tokens.shape[1])))
     last = _last_hidden(graph, params, history, lengths)
@@ -344,6 +346,15 @@ def _run_uncached(
         loop = _recompute(graph, params, loop, np.int32(limit), sampling, stops)
         step = limit
         yield loop
+
+
+def as_stops(stop_tokens: Any) -> tuple[int, ...]:
+    """Checks the ids that end a row; sorted, so that naming them in another order compiles nothing."""
+    if not isinstance(stop_tokens, Iterable):
+        raise TypeError(
+            f"stop_tokens must be a list of token ids, got {stop_tokens!r}; write [...]"
+        )
+    return tuple(sorted({check_count(token, "a stop token") for token in stop_tokens}))
 
 
 def pad_prompts(prompts: Any, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:

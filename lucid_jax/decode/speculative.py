@@ -36,6 +36,7 @@ from lucid_jax.decode.drafts import (
 )
 from lucid_jax.decode.generation import (
     Generation,
+    as_stops,
     open_cache,
     pad_prompts,
     power_of_two,
@@ -154,6 +155,7 @@ def speculate(
     check_count(max_new_tokens, "max_new_tokens", 1)
     check_count(prefill_chunk, "prefill_chunk", 1)
     sampling = Sampling() if sampling is None else sampling
+    stops = as_stops(stop_tokens)
     drafter, draft_model, draft_params = _drafter(model, draft, draft_tokens, sampling)
     if draft_model is None and draft_cache is not None:
         raise ValueError("NGram() has no model, so no draft_cache; leave it out")
@@ -177,7 +179,7 @@ def speculate(
         _, draft_state = prefilled(
             draft_model, drafter.graph, draft_params, draft_cache, "draft_cache"
         )
-    setup = _Setup(graph, drafter, sampling, tuple(stop_tokens))
+    setup = _Setup(graph, drafter, sampling, stops)
     loop = _start(
         setup, params, state, draft_state, last, _history(tokens, max_new_tokens), lengths,
         np.int32(max_new_tokens), seen_tokens(tokens, lengths, model, sampling),
