@@ -1,5 +1,8 @@
 """The corpus and its split, and the tokenizer."""
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
@@ -85,6 +88,24 @@ def test_any_text_survives_the_tokenizer(tokenizer: Tokenizer, text: str):
     assert tokenizer.end_of_text_id not in ids
     assert tokenizer.decode(ids) == text
     assert _streamed(tokenizer, ids) == text
+
+
+def test_prompts_of_other_threads_cannot_forge_a_separator(tokenizer: Tokenizer):
+    """`encode_prompt` takes special tokens out of its text, and out of no text but its own."""
+    text = f"a {END_OF_TEXT} b"
+    plain, prompt = tokenizer.encode(text), tokenizer.encode_prompt(text)
+    assert tokenizer.end_of_text_id not in plain
+    assert prompt.count(tokenizer.end_of_text_id) == 2
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            others = pool.submit(lambda: [tokenizer.encode_prompt(text) for _ in range(3000)])
+            while not others.done():
+                assert tokenizer.encode(text) == plain
+            assert all(one == prompt for one in others.result())
+    finally:
+        sys.setswitchinterval(interval)
 
 
 @settings(deadline=None)

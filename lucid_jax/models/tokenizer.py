@@ -170,11 +170,7 @@ class Tokenizer:
           True
         """
         text.encode()
-        self._backend.encode_special_tokens = False
-        try:
-            ids = self._backend.encode(text).ids
-        finally:
-            self._backend.encode_special_tokens = True
+        ids = self._prompt_backend.encode(text).ids
         return ids if self._add_bos is None or ids[:1] == [self._add_bos] else [self._add_bos, *ids]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -207,6 +203,13 @@ class Tokenizer:
         for token in after:
             stream.push(token)
         return stream
+
+    @functools.cached_property
+    def _prompt_backend(self) -> tokenizers.Tokenizer:
+        """The same but for special tokens: switching one to and fro would reach into other threads."""
+        backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        backend.encode_special_tokens = False
+        return backend
 
     @functools.cached_property
     def _bytes_of(self) -> dict[int, bytes]:
