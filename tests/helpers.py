@@ -1,5 +1,8 @@
 """Shared by the tests: small builders of tokens and states, poison, recorded beams."""
 
+import functools
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -99,6 +102,13 @@ def poison(state):
         return layer.replace(key=key, value=value, recent=recent)
 
     return state.with_layers(spoil_layer(layer) for layer in state.layers)
+
+
+@functools.cache
+def recorded_beams(folder):
+    """Prompts and settings, and the hypotheses of each, as `record_family_beams.py` left them."""
+    recorded = json.loads((folder / "beams.json").read_text())
+    return recorded, dict(np.load(folder / "beams.npz"))
 
 
 def check_beams(model, recorded, expected, index, **options):

@@ -23,7 +23,7 @@ from lucid_jax.models import CheckpointError, ModelConfig, load_pretrained
 from lucid_jax.models import weights as weights_module
 from lucid_jax.models.checkpoint import save_model
 from lucid_jax.models.families import FAMILIES
-from tests.helpers import check_beams
+from tests.helpers import check_beams, recorded_beams
 
 FIXTURES = Path(__file__).parent / "fixtures" / "pretrained"
 NAMES = sorted(path.name for path in FIXTURES.iterdir())
@@ -137,13 +137,6 @@ def test_greedy_is_transformers(name):
     check_greedy(name, generate_uncached)
 
 
-@functools.cache
-def recorded_beams(name):
-    """Prompts and settings, and the hypotheses of each."""
-    recorded = json.loads((FIXTURES / name / "beams.json").read_text())
-    return recorded, dict(np.load(FIXTURES / name / "beams.npz"))
-
-
 THREE_BEAMS, NEVER = (1, 2, 3), 5  # settings: those that compile one program; 4 beams to the end
 
 
@@ -151,7 +144,7 @@ THREE_BEAMS, NEVER = (1, 2, 3), 5  # settings: those that compile one program; 4
 def test_beams_are_transformers_by_row_and_in_a_tree(name):
     """All hypotheses of 50 prompts: on reordered rings, and in one row at learned positions."""
     model = loaded(name)[0]
-    results = [check_beams(model, *recorded_beams(name), index) for index in THREE_BEAMS]
+    results = [check_beams(model, *recorded_beams(FIXTURES / name), index) for index in THREE_BEAMS]
     assert {result.history for result in results} == {"reorder" if name == "gemma3" else "tree"}
 
 
@@ -160,7 +153,7 @@ def test_beams_are_transformers_by_row_and_in_a_tree(name):
 def test_beams_are_transformers(name):
     """Every setting, in the caches that the model asks for; beams move after windows of 8 are full."""
     model = loaded(name)[0]
-    recorded, expected = recorded_beams(name)
+    recorded, expected = recorded_beams(FIXTURES / name)
     assert len({json.dumps(case) for case in recorded["cases"]}) == 8
     lengths = np.array([len(prompt) for prompt in recorded["prompts"]])
     for index, case in enumerate(recorded["cases"]):
@@ -176,7 +169,7 @@ def test_beams_are_transformers(name):
 def test_beams_are_transformers_however_the_past_is_kept(name):
     """As a tree where there can be one, by moving what parted, or all; windows also without rings."""
     model = loaded(name)[0]
-    recorded = recorded_beams(name)
+    recorded = recorded_beams(FIXTURES / name)
     histories = ("reorder", "gather") if any(model.windows) else ("tree", "reorder", "gather")
     for history in histories:
         assert check_beams(model, *recorded, NEVER, history=history).history == history

@@ -20,6 +20,7 @@ from lucid_jax.decode import Sampling, generate_uncached, generation
 from lucid_jax.decode.graph import split
 from lucid_jax.models import T5, CheckpointError, T5Config, load_model, load_pretrained
 from lucid_jax.models.t5 import GivenT5, relative_buckets
+from tests.helpers import check_beams, recorded_beams
 
 FIXTURES = Path(__file__).parent / "fixtures"
 VERSIONS = ("t5", "t5_v1_1")
@@ -121,46 +122,37 @@ def test_greedy_texts_are_those_of_transformers(name):
     assert result.rows() == want["greedy"]
 
 
-def _check_beams(name, history, num_beams):
-    want = generated(name)
-    given = model_of(name).given([want["prompts"][i] for i in want["beam_prompts"]])
-    records = [one for one in want["beams"] if one["options"]["num_beams"] == num_beams]
-    assert len(records) == {2: 2, 4: 6}[num_beams]
-    for record in records:
-        result = lj.beam_search(
-            given,
-            given.prompts,
-            max_new_tokens=want["max_new_tokens"],
-            stop_tokens=[1],
-            history=history,
-            **record["options"],
-        )
-        assert result.history == history
-        assert [row for rows in result.rows() for row in rows] == record["tokens"], record[
-            "options"
-        ]
-        np.testing.assert_allclose(result.scores.ravel(), record["scores"], atol=1e-4, rtol=0)
+def _check_beams(name, index, **options):
+    recorded, expected = recorded_beams(FIXTURES / name)
+    given = model_of(name).given(recorded["prompts"])
+    before = _pointers(given.encoder.get_value())
+    asked = recorded | {"prompts": given.prompts}
+    result = check_beams(given, asked, expected, index, **options)
+    assert _pointers(given.encoder.get_value()) == before
+    return result
 
 
 def test_beams_are_those_of_transformers():
-    """Six settings; the beams are branches in one row per source."""
-    _check_beams("t5_v1_1", "tree", 4)
+    """50 sources, three settings of one program; the beams are branches in one row per source."""
+    for index in (1, 2, 3):
+        assert _check_beams(SMALL, index).history == "tree"
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize(
-    ("name", "history", "num_beams"),
-    [
-        ("t5", "tree", 4),
-        ("t5", "reorder", 4),
-        ("t5", "gather", 2),
-        ("t5_v1_1", "tree", 2),
-        ("t5_v1_1", "reorder", 4),
-    ],
-)
-def test_beams_are_those_of_transformers_however_the_past_is_kept(name, history, num_beams):
-    """The other model, other settings, and rows of their own, which share a source."""
-    _check_beams(name, history, num_beams)
+@pytest.mark.parametrize("name", VERSIONS)
+def test_beams_are_those_of_transformers_in_every_setting(name):
+    """Widths, penalties, stop tokens and meanings of `early_stopping`."""
+    assert len(recorded_beams(FIXTURES / name)[0]["cases"]) == 8
+    for index in range(8):
+        _check_beams(name, index)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", VERSIONS)
+@pytest.mark.parametrize("history", ["reorder", "gather"])
+def test_beams_are_those_of_transformers_however_the_past_is_kept(name, history):
+    """In rows of their own, which share a source, to the end."""
+    assert _check_beams(name, 5, history=history).history == history
 
 
 @pytest.mark.exhaustive
