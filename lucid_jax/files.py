@@ -23,7 +23,7 @@ from lucid_jax.cache.codec import KIVI, Float8, Identity, Int4, Int8
 from lucid_jax.cache.contiguous import Contiguous, Dynamic, Static
 from lucid_jax.cache.layer import Layer
 from lucid_jax.cache.ring import Sliding
-from lucid_jax.cache.state import CacheState, nbytes
+from lucid_jax.cache.state import CacheState, checked, nbytes
 from lucid_jax.sealed import Mismatch, short
 
 _KIND = sealed.Kind("lucid_jax.cache", "1", "lucid_jax cache file", written_by="lucid_jax.save")
@@ -83,6 +83,7 @@ def save(path: str | os.PathLike[str], state: CacheState) -> None:
             "return the state and call save outside jit"
         )
     check_alive(state)
+    state = checked(state, False)
     target = Path(path)
     try:
         config = json.dumps(describe(state), default=lambda number: number.item())  # NumPy's

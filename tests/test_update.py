@@ -301,22 +301,60 @@ def test_checkify_reports_a_traced_overflow_at_the_call():
     assert all(layer.checked for layer in after.layers)
 
 
-@pytest.mark.parametrize(
-    "spec", [lj.Static(8), lj.Sliding(4, 1, 2), lj.Dynamic(lj.codecs.Int8())], ids=str
-)
+SPECS = [
+    lj.Static(8),
+    lj.Sliding(4, 1, 2),
+    lj.Dynamic(lj.codecs.Int8()),
+    lj.Static(8, lj.codecs.KIVI(4, 4)),
+]
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_programs_have_no_effects(spec):
     """Else jit takes the slow way through Python at every call."""
     sizes = dict(num_layers=1, batch_size=B, num_kv_heads=H, head_dim=D, value_head_dim=DV)
     state = lj.grow(lj.init_cache(spec, **sizes, ragged=True), 6)
     query = jnp.zeros((B, H, 2, D))
+    kivi = isinstance(state.layers[0].spec.codec, lj.codecs.KIVI)
 
     def step(state):
         _, state = lj.extend(state, query, *tokens(0, B, 2), 0)
+        if not kivi:
+            place = jnp.ones((B, 1), jnp.int32)
+            state = lj.update(state, *tokens(0, B, 1), 0, cache_position=place)
         state = lj.crop(lj.rollback(state, jnp.ones(B, jnp.int32)), jnp.int32(3))
-        return lj.select(state, jnp.arange(B))
+        state = lj.insert(state, jnp.array([1]), lj.extract(state, 0))
+        if isinstance(spec, lj.Static) and not kivi:
+            state = lj.compact(state, jnp.ones((B, lj.capacity(state)), bool), 0)
+        return lj.free(lj.select(state, jnp.arange(B)), jnp.array([0]))
 
     assert not jax.make_jaxpr(step)(state).effects
     assert jax.make_jaxpr(step)(lj.checked(state)).effects
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_checks_are_static_and_do_not_stick_to_files_or_rows(spec, tmp_path):
+    """`save` drops them; joined rows have those of the first state, inserted ones of the other."""
+    state = lj.init_cache(spec, num_layers=1, batch_size=B, num_kv_heads=H, head_dim=D, ragged=True)
+    key = tokens(0, B, 2)[0]
+    state = lj.update(state, key, key, 0)
+    checked = lj.checked(state)
+    chex.assert_trees_all_equal(lj.checked(checked, False), state)
+    assert jax.tree.structure(checked) != jax.tree.structure(state)
+    lj.save(tmp_path / "state", checked)
+    chex.assert_trees_all_equal(lj.load(tmp_path / "state"), state)
+    for first, other in ((state, checked), (checked, state)):
+        joined = lj.concat([first, other])
+        expected = lj.concat([state, state])
+        chex.assert_trees_all_equal(lj.checked(joined, False), expected)
+        assert joined.layers[0].checked == first.layers[0].checked
+        assert lj.insert(first, [0, 1], other).layers[0].checked == first.layers[0].checked
+
+
+@pytest.mark.parametrize("other", [None, lj.nn.StaticKVCache(8, 1)], ids=["None", "StaticKVCache"])
+def test_only_states_are_checked(other):
+    with pytest.raises(TypeError, match="takes a CacheState, got"):
+        lj.checked(other)
 
 
 # --- what lands where ----------------------------------------------------------------------------

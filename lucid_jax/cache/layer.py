@@ -105,6 +105,7 @@ class Layer(abc.ABC):
     overflowed: jax.Array  # bool [] or [B]: sticky, a traced operation asked for the impossible
     spec: Any = struct.field(pytree_node=False)  # the LayerSpec it was made from
     packing: Packing = struct.field(pytree_node=False)
+    # Whether operations tell checkify what did not fit; see `lucid_jax.checked`.
     checked: bool = struct.field(pytree_node=False, kw_only=True, default=False)
 
     if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 from lucid_jax.cache.checks import as_array, check_alive, check_count, check_indices, is_traced
 from lucid_jax.cache.contiguous import Contiguous
 from lucid_jax.cache.layer import Layer
-from lucid_jax.cache.state import CacheState, select, with_room
+from lucid_jax.cache.state import CacheState, checked, select, with_room
 
 
 def insert(
@@ -119,7 +119,8 @@ def concat(states: Sequence[CacheState]) -> CacheState:
             caches have different lengths.
 
     Returns:
-        A new state of as many rows as all have together; the old ones stay valid.
+        A new state of as many rows as all have together, `checked` if the first is; the old ones stay
+        valid.
 
     Raises:
         ValueError: if there are none, or they do not match.
@@ -146,7 +147,7 @@ def concat(states: Sequence[CacheState]) -> CacheState:
                     f"concat needs equal layers, got {a} and {b}; grow() the smaller one, or "
                     "insert() its rows"
                 )
-    return _concat(tuple(states))
+    return _concat(tuple(checked(state, first.layers[0].checked) for state in states))
 
 
 @jax.jit

@@ -216,12 +216,19 @@ def init_cache(
     return CacheState(tuple(layers), reads=tuple(reads), owners=tuple(owners))
 
 
-def checked(state: CacheState) -> CacheState:
+def checked(state: CacheState, on: bool = True) -> CacheState:
     """The state, whose traced operations also tell `jax.experimental.checkify` what did not fit.
 
     Errors then name the call, where the sticky `overflowed` flag tells only that there was one. Not the
     default, as jit takes the slow way through Python for programs that hold such checks: 0.3 ms more a
-    call. `save` does not keep it.
+    call. Like a codec it is static: a loop or a branch must carry one kind. `save` does not keep it.
+
+    Args:
+        state: a cache; of an encoder and decoder, `state.decoder`.
+        on: False takes the checks out again.
+
+    Raises:
+        TypeError: if `state` is not a `CacheState`.
 
     Example:
         >>> import jax.numpy as jnp, lucid_jax as lj
@@ -236,7 +243,12 @@ def checked(state: CacheState) -> CacheState:
         >>> print(error.get().split("; ")[0])
         append past the capacity of 2
     """
-    return state.replace(layers=tuple(layer.replace(checked=True) for layer in state.layers))
+    if not isinstance(state, CacheState):
+        raise TypeError(
+            f"checked takes a CacheState, got {type(state).__name__}; of an EncoderDecoderState give "
+            "it the decoder"
+        )
+    return state.replace(layers=tuple(layer.replace(checked=on) for layer in state.layers))
 
 
 def _each_layer(size: Any, name: str, num_layers: int) -> list[int]:
