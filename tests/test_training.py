@@ -323,9 +323,28 @@ def test_a_draft_learns_its_targets_text(finished, tmp_path, monkeypatch):
         distillation, "load_model", lambda folder=finished[0] / "model": load_model(folder)
     )
     monkeypatch.setattr(distillation, "python_corpus", lambda: CORPUS)
+    texts, batches = [], []
+
+    def writing(*args, write=distillation.written_by, **options):
+        texts.append(write(*args, **options))
+        return texts[0]
+
+    def watching(*args, make=distillation.make_train_step):
+        step = make(*args)
+        return lambda params, state, batch: batches.append(batch) or step(params, state, batch)
+
+    monkeypatch.setattr(distillation, "written_by", writing)
+    monkeypatch.setattr(distillation, "make_train_step", watching)
     recipe = dataclasses.replace(RECIPE, steps=12, short_context=16, long_fraction=0.0)
     losses = distillation.distill(finished[0] / "model", tmp_path, recipe, rows=4, prompt=8)
-    assert len(losses) == 12 and np.mean(losses[-4:]) < np.mean(losses[:4])
+    assert len(losses) == len(batches) == 12 and np.mean(losses[-4:]) < np.mean(losses[:4])
+    half = recipe.batch_size // 2
+    stream = pack(load_model(tmp_path)[1], CORPUS.train)
+    for step, batch in enumerate(batches):
+        corpus = batch_at(stream, recipe, step)
+        np.testing.assert_array_equal(batch[:half], corpus[:half])
+        rows = (np.asarray(batch)[half:, None] == texts[0]).all(axis=2)
+        assert rows.any(axis=1).all() and len(rows) == recipe.batch_size - half > 0
     before, after = (load_model(folder)[0] for folder in (finished[0] / "model", tmp_path))
     assert after.config == before.config
     changed = jax.tree.map(lambda a, b: bool((a != b).any()), nnx.state(before), nnx.state(after))
