@@ -1,5 +1,9 @@
 """`generate` and `stream`: cached decoding equals recomputing everything, and compiles once."""
 
+import gc
+import weakref
+
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +14,7 @@ import lucid_jax as lj
 from lucid_jax.decode import Sampling, generate, generate_uncached, stream, stream_uncached
 from lucid_jax.decode import generation as module
 from lucid_jax.decode.graph import split
-from lucid_jax.models import ModelConfig, Transformer
+from lucid_jax.models import T5, ModelConfig, T5Config, Transformer
 
 PROMPTS = [[1, 2, 3], list(range(5, 24)), [4]]
 SAMPLED = Sampling(1.0, top_k=20, top_p=0.9, min_p=0.01, repetition_penalty=1.2)
@@ -138,6 +142,22 @@ def test_streaming_gives_the_same_tokens(model, per_call):
         assert rows == expected
 
 
+def test_structures_are_one_object_while_in_use():
+    """Equal models share it, and with the last program and model it goes."""
+
+    class Scaled(nnx.Module):
+        def __init__(self, factor):
+            self.factor = factor
+            self.weight = nnx.Param(jnp.ones(2))
+
+    one, same, other = (split(Scaled(factor))[0] for factor in (2, 2, 3))
+    assert one is same is not other and one != other
+    gone = [weakref.ref(one), weakref.ref(other)]
+    del one, same, other
+    gc.collect()
+    assert [ref() for ref in gone] == [None, None]
+
+
 def test_one_compile_on_a_static_cache(model):
     """256 tokens are one program, however many calls the stream is cut into."""
     before = module._decode._cache_size()
@@ -223,6 +243,25 @@ def test_float_tokens_are_a_type_error(model):
     """Token ids that are not integers are refused."""
     with pytest.raises(TypeError, match="integers"):
         generate(model, [[1.5]], max_new_tokens=1)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "t5"])
+@pytest.mark.parametrize("spec", [None, lj.Static(8), lj.Sliding(4), lj.Dynamic()], ids=str)
+def test_no_tokens_change_nothing(kind, spec):
+    """As a chunk that happens to be empty: no logits, and the cache as it was."""
+    sizes = {"vocab_size": 16, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    if kind == "t5":
+        config = T5Config(16, 8, 4, 8, num_layers=1, num_heads=2)
+        one = T5(config, rngs=nnx.Rngs(0)).given([[1, 2, 3]])
+    else:
+        one = Transformer(ModelConfig(**sizes, model_type=kind), rngs=nnx.Rngs(0))
+    none, cache = jnp.zeros((1, 0), jnp.int32), None
+    if spec is not None:
+        cache = lj.grow(one.init_cache(spec, 1), 4)
+        _, cache = one.hidden(jnp.array([[1, 2]]), cache)
+    hidden, after = one.hidden(none, cache)
+    assert one.logits(hidden).shape == (1, 0, 16)
+    chex.assert_trees_all_equal(after, cache)
 
 
 @pytest.mark.parametrize("decode", [generate, generate_uncached, lj.beam_search, lj.speculate])

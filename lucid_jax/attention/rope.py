@@ -200,7 +200,7 @@ def rope(x: jax.Array, positions: jax.Array, theta: float | Rope = 10000.0) -> j
     table = as_rope(theta)
     frequencies = jnp.asarray(table.frequencies(head_dim))[None, None, None]
     # The same for all heads: [1 or B, 1, T, D/2].
-    angles = positions.astype(jnp.float32).reshape(-1, 1, length, 1) * frequencies
+    angles = jnp.atleast_2d(positions.astype(jnp.float32))[:, None, :, None] * frequencies
     cos, sin = (f(angles) * table.attention_scale for f in (jnp.cos, jnp.sin))
     # Behind a barrier, or XLA on CPU computes them again for every head: 26 ms for a window of 2048
     # and 8 heads of 128, against 7 ms.

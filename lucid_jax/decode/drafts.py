@@ -178,6 +178,12 @@ def lookup(
     return jnp.take_along_axis(history, jnp.minimum(index, size - 1), axis=1), found
 
 
+# Steps of a draft model that are compiled one by one. Of a loop within the caller's loop XLA copies the
+# draft's cache at each turn, so up to twice as many tokens are drafted without one; but each step takes
+# its time to compile, so that more are drafted in turns.
+UNROLLED = 4
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelDrafter:
     """A language model drafts one token after the other."""
@@ -203,8 +209,9 @@ class ModelDrafter:
             return (cache, token, seen), (token, probs)
 
         later = jnp.arange(1, self.width, dtype=jnp.int32)
-        # Unrolled: of a loop within the caller's loop XLA copies the cache at each turn.
-        (cache, _, _), (tokens, more) = jax.lax.scan(step, (cache, token, seen), later, unroll=True)
+        (cache, _, _), (tokens, more) = jax.lax.scan(
+            step, (cache, token, seen), later, unroll=UNROLLED
+        )
         tokens = jnp.concatenate([token[:, None], tokens.T], axis=1)
         if probs is not None:
             probs = jnp.concatenate([probs[:, None], jnp.swapaxes(more, 0, 1)], axis=1)

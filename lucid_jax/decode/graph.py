@@ -1,11 +1,12 @@
 """A model as the compiled loops take it: its structure, which is static, and its parameters.
 
 nnx describes a structure by nested records. Hashing and comparing those of a small model takes a
-quarter of a millisecond, at each jit call; here it is done once for each request.
+quarter of a millisecond, at each jit call; here it is done once, by `split`.
 """
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 from flax import nnx
@@ -36,17 +37,25 @@ class Graph:
         return nnx.merge(self._definition, params)
 
 
-_KNOWN: dict[Graph, Graph] = {}  # as many as there are structures, which jit's caches keep as well
+# Those in use, perhaps by jit's caches alone: what nobody has any more is forgotten.
+_KNOWN: weakref.WeakKeyDictionary[Graph, weakref.ref[Graph]] = weakref.WeakKeyDictionary()
 
 
 def split(model: Any) -> tuple[Graph, Any]:
     """A module's structure and its parameters.
 
+    Args:
+        model: any nnx module.
+
+    Returns:
+        The structure, the same object for modules of equal structure, and an nnx state.
+
     Example:
         >>> graph, params = split(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
-        >>> graph is split(nnx.Linear(2, 3, rngs=nnx.Rngs(1)))[0], graph.merge(params).in_features
+        >>> other, _ = split(nnx.Linear(2, 3, rngs=nnx.Rngs(1)))
+        >>> other is graph, graph.merge(params).in_features
         (True, 2)
     """
     definition, params = nnx.split(model)
     graph = Graph(definition)
-    return _KNOWN.setdefault(graph, graph), params
+    return _KNOWN.setdefault(graph, weakref.ref(graph))() or graph, params

@@ -25,6 +25,7 @@ from lucid_jax.cache.layer import Layer, LayerSpec
 from lucid_jax.cache.slots import span
 from lucid_jax.cache.state import CacheState, init_cache
 from lucid_jax.decode.generation import pad_prompts, power_of_two
+from lucid_jax.decode.graph import Graph, split
 from lucid_jax.models.t5_config import T5Config
 from lucid_jax.nn.mha import MultiHeadAttention
 from lucid_jax.nn.norm import Norm
@@ -226,7 +227,7 @@ class T5(nnx.Module):
         tokens, lengths = pad_prompts(sources, self.config.vocab_size)
         width = max(16, power_of_two(tokens.shape[1]))
         tokens = np.pad(tokens, ((0, 0), (0, width - tokens.shape[1])))
-        graph, params = nnx.split(self)
+        graph, params = split(self)
         return GivenT5(self, _encoder_cache(graph, params, tokens, lengths, codec))
 
     # --- the decoder ---------------------------------------------------------------------------
@@ -449,15 +450,16 @@ def _distances(tokens: int, layer: Layer | None, tree: jax.Array | None) -> jax.
         batch = max(tree.shape[0], 1 if own.ndim == 1 else own.shape[0])
         seen = jnp.broadcast_to(tree, (batch, tree.shape[1], tokens, keys))
         rank = jnp.cumsum(seen.astype(jnp.int32), axis=-1)
-        latest = jnp.take_along_axis(rank, own.reshape(-1, 1, tokens, 1), axis=-1)
+        latest = jnp.take_along_axis(rank, jnp.atleast_2d(own)[:, None, :, None], axis=-1)
         return latest - rank
     index = span(jnp.zeros_like(stored), keys)
     key_position, position = index, own
     if layer is not None:
         position = span(layer.position, tokens)
         key_position = _with_new(layer, index)
-    heads = key_position.shape[1] if key_position.ndim == 3 else 1
-    return position.reshape(-1, 1, tokens, 1) - key_position.reshape(-1, heads, 1, keys)
+    if key_position.ndim < 3:
+        key_position = jnp.atleast_2d(key_position)[:, None]
+    return jnp.atleast_2d(position)[:, None, :, None] - key_position[:, :, None]
 
 
 def _with_new(layer: Layer, index: jax.Array) -> jax.Array:
@@ -483,6 +485,6 @@ def _norm(config: T5Config, dtypes: dict[str, Any]) -> Norm:
 
 @partial(jax.jit, static_argnums=(0, 4))
 def _encoder_cache(
-    graph: Any, params: Any, sources: jax.Array, lengths: jax.Array, codec: Codec
+    graph: Graph, params: Any, sources: jax.Array, lengths: jax.Array, codec: Codec
 ) -> CacheState:
-    return nnx.merge(graph, params).encoder_cache(sources, lengths, codec)
+    return graph.merge(params).encoder_cache(sources, lengths, codec)

@@ -230,7 +230,10 @@ class Transformer(nnx.Module):
         positions: jax.Array | None = None,
         mask: jax.Array | None = None,
     ) -> tuple[jax.Array, Any]:
-        """The last hidden states, (B, T, hidden_size), and the cache; arguments as `__call__`'s."""
+        """The last hidden states, (B, T, hidden_size), and the cache; arguments as `__call__`'s.
+
+        All layers of the cache must have had the same tokens: positions are computed once.
+        """
         if tokens.ndim != 2:
             raise ValueError(f"tokens must be (batch, seq), got shape {tokens.shape}")
         if not jnp.issubdtype(tokens.dtype, jnp.integer):
@@ -246,7 +249,7 @@ class Transformer(nnx.Module):
         if self.embed_positions is not None:
             assert positions is not None
             table = self.config.max_position_embeddings
-            rows = positions.reshape(-1, tokens.shape[1])
+            rows = jnp.atleast_2d(positions)
             hidden = hidden + self.embed_positions(jnp.minimum(rows, table - 1))
             known = rows < table
         for index, layer in enumerate(self.layers):

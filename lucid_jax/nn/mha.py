@@ -275,12 +275,13 @@ class MultiHeadAttention(nnx.Module):
         return rope(x, positions, self.rope_theta)
 
     def _split_heads(self, projected: jax.Array) -> jax.Array:
-        batch, length, _ = projected.shape
-        return projected.reshape(batch, length, -1, self.head_dim).swapaxes(1, 2)
+        batch, length, width = projected.shape
+        heads = width // self.head_dim
+        return projected.reshape(batch, length, heads, self.head_dim).swapaxes(1, 2)
 
     def _merge_heads(self, out: jax.Array) -> jax.Array:
-        batch, _, length, _ = out.shape
-        return self.o_proj(out.swapaxes(1, 2).reshape(batch, length, -1))
+        batch, heads, length, width = out.shape
+        return self.o_proj(out.swapaxes(1, 2).reshape(batch, length, heads * width))
 
 
 def _part(cache: Cache, is_cross_attention: bool) -> KVCache:
