@@ -16,7 +16,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import product
 from typing import Any
 
 import jax
@@ -392,12 +391,12 @@ def _speculation(repeats: int, quick: bool) -> Iterator[Row]:
     for name, one in {"draft model": draft, "n-grams": NGram()}.items():
         for count in counts:
             fast = partial(speculate, draft=one, draft_tokens=count)
-            runs = [partial(each, *pair) for pair in product((generate, fast), (1, new))]
+            runs = [partial(each, how, upto) for how in (generate, fast) for upto in (1, new)]
             first, naive, first_fast, ours = _medians(1 if quick else 2 * repeats, *runs, burst=1)
             results = each(fast, new)
             accepted = sum(int(x.accepted.sum()) for x in results)
-            accepted /= max(sum(int(x.proposed.sum()) for x in results), 1)
-            case = f"per token after the first, {name}, {count} a round, {accepted:.0%} accepted"
+            part = accepted / max(sum(int(x.proposed.sum()) for x in results), 1)
+            case = f"per token after the first, {name}, {count} a round, {part:.0%} accepted"
             tokens = len(prompts) * (new - 1)
             yield Row(
                 "speculate",
