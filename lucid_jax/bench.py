@@ -366,8 +366,7 @@ def _prompts(repeats: int, quick: bool) -> Iterator[Row]:
 def _speculation(repeats: int, quick: bool) -> Iterator[Row]:
     """Greedy texts of the embedded model, with drafts and without: the same tokens.
 
-    The loop alone: what a text takes beyond its first token. Prompts one by one, as texts differ in how
-    well they are drafted.
+    Whole requests, one after the other, as texts differ in how well they are drafted.
     """
     if quick:
         from lucid_jax.models.config import ModelConfig
@@ -385,26 +384,19 @@ def _speculation(repeats: int, quick: bool) -> Iterator[Row]:
         prompts = [[tokenizer.end_of_text_id, *tokenizer.encode(text)] for text in _BEGINNINGS]
         new, counts = 200, [2, 3, 4, 6]
 
-    def each(decode: Callable[..., Any], count: int) -> list[Any]:
-        return [decode(model, [prompt], max_new_tokens=count) for prompt in prompts]
+    def each(decode: Callable[..., Any]) -> list[Any]:
+        return [decode(model, [prompt], max_new_tokens=new) for prompt in prompts]
 
     for name, one in {"draft model": draft, "n-grams": NGram()}.items():
         for count in counts:
-            fast = partial(speculate, draft=one, draft_tokens=count)
-            runs = [partial(each, how, upto) for how in (generate, fast) for upto in (1, new)]
-            first, naive, first_fast, ours = _medians(1 if quick else 2 * repeats, *runs, burst=1)
-            results = each(fast, new)
+            fast = partial(each, partial(speculate, draft=one, draft_tokens=count))
+            results = fast()
             accepted = sum(int(x.accepted.sum()) for x in results)
             part = accepted / max(sum(int(x.proposed.sum()) for x in results), 1)
-            case = f"per token after the first, {name}, {count} a round, {part:.0%} accepted"
-            tokens = len(prompts) * (new - 1)
-            yield Row(
-                "speculate",
-                case,
-                "generate",
-                (naive - first) / tokens,
-                (ours - first_fast) / tokens,
-            )
+            times = _medians(1 if quick else 2 * repeats, partial(each, generate), fast, burst=1)
+            naive, ours = (time / new / len(prompts) for time in times)
+            case = f"per token, {name}, {count} a round, {part:.0%} accepted"
+            yield Row("speculate", case, "generate", naive, ours)
 
 
 _BEGINNINGS = (
