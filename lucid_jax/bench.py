@@ -381,7 +381,7 @@ def _speculation(repeats: int, quick: bool) -> Iterator[Row]:
 
         model, tokenizer = load_model()
         draft, _ = load_model(embedded_draft_path())
-        prompts = [[tokenizer.end_of_text_id, *tokenizer.encode(text)] for text in _BEGINNINGS]
+        prompts = [tokenizer.encode_prompt(text) for text in _BEGINNINGS]
         new, counts = 200, [2, 3, 4, 6]
 
     def each(decode: Callable[..., Any]) -> list[Any]:
@@ -389,13 +389,12 @@ def _speculation(repeats: int, quick: bool) -> Iterator[Row]:
 
     for name, one in {"draft model": draft, "n-grams": NGram()}.items():
         for count in counts:
-            fast = partial(each, partial(speculate, draft=one, draft_tokens=count))
-            results = fast()
-            accepted = sum(int(x.accepted.sum()) for x in results)
-            part = accepted / max(sum(int(x.proposed.sum()) for x in results), 1)
-            times = _medians(1 if quick else 2 * repeats, partial(each, generate), fast, burst=1)
+            drafted = partial(speculate, draft=one, draft_tokens=count)
+            accepted = drafted(model, prompts, max_new_tokens=new).acceptance
+            runs = partial(each, generate), partial(each, drafted)
+            times = _medians(1 if quick else 2 * repeats, *runs, burst=1)
             naive, ours = (time / new / len(prompts) for time in times)
-            case = f"per token, {name}, {count} a round, {part:.0%} accepted"
+            case = f"per token, {name}, {count} a round, {accepted:.0%} accepted"
             yield Row("speculate", case, "generate", naive, ours)
 
 

@@ -249,12 +249,13 @@ def test_float_tokens_are_a_type_error(model):
 @pytest.mark.parametrize("spec", [None, lj.Static(8), lj.Sliding(4), lj.Dynamic()], ids=str)
 def test_no_tokens_change_nothing(kind, spec):
     """As a chunk that happens to be empty: no logits, and the cache as it was."""
-    sizes = {"vocab_size": 16, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     if kind == "t5":
         config = T5Config(16, 8, 4, 8, num_layers=1, num_heads=2)
         one = T5(config, rngs=nnx.Rngs(0)).given([[1, 2, 3]])
     else:
-        one = Transformer(ModelConfig(**sizes, model_type=kind), rngs=nnx.Rngs(0))
+        sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+        config = ModelConfig(vocab_size=16, **sizes, model_type=kind)
+        one = Transformer(config, rngs=nnx.Rngs(0))
     none, cache = jnp.zeros((1, 0), jnp.int32), None
     if spec is not None:
         cache = lj.grow(one.init_cache(spec, 1), 4)

@@ -638,7 +638,7 @@ def test_the_shipped_draft_knows_what_the_model_will_say():
     draft, _ = load_model(embedded_draft_path())
     model, tokenizer = load_model()
     texts = ["Return a new list containing", "Open the file and return", "This module provides"]
-    prompts = [[tokenizer.end_of_text_id, *tokenizer.encode(text)] for text in texts]
+    prompts = [tokenizer.encode_prompt(text) for text in texts]
     plain = lj.generate(model, prompts, max_new_tokens=100)
     result = lj.speculate(model, prompts, draft=draft, draft_tokens=3, max_new_tokens=100)
     assert result.rows() == plain.rows()

@@ -334,7 +334,7 @@ def test_programs_have_no_effects(spec):
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_checks_are_static_and_do_not_stick_to_files_or_rows(spec, tmp_path):
-    """`save` drops them; joined rows have those of the first state, inserted ones of the other."""
+    """`save` drops them; rows joined or inserted have those of the first state."""
     state = lj.init_cache(spec, num_layers=1, batch_size=B, num_kv_heads=H, head_dim=D, ragged=True)
     key = tokens(0, B, 2)[0]
     state = lj.update(state, key, key, 0)

@@ -207,7 +207,7 @@ class Tokenizer:
     @functools.cached_property
     def _prompt_backend(self) -> tokenizers.Tokenizer:
         """The same but for special tokens: switching one to and fro would reach into other threads."""
-        backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        backend = tokenizers.Tokenizer.from_str(self.to_json())
         backend.encode_special_tokens = False
         return backend
 
