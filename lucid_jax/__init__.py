@@ -5,39 +5,43 @@ The functional API is here (`init_cache`, `update`, `attend`, ...), stateful cac
 """
 
 from lucid_jax import nn
-from lucid_jax.attention.attend import attend, extend, merge
-from lucid_jax.cache import codec as codecs
-from lucid_jax.cache import scoring
-from lucid_jax.cache.contiguous import Dynamic, Static
+from lucid_jax.attention.api import attend, extend, extend_leaves, merge
+from lucid_jax.cache import codecs, scoring
+from lucid_jax.cache.creation import init_cache
 from lucid_jax.cache.encoder_decoder import EncoderDecoderState
-from lucid_jax.cache.layer import Layer, LayerSpec
-from lucid_jax.cache.ring import Sliding
-from lucid_jax.cache.rows import compact, concat, extract, free, insert
-from lucid_jax.cache.state import (
-    CacheState,
-    Shared,
+from lucid_jax.cache.introspection import (
     capacity,
     check_overflow,
-    checked,
-    crop,
-    ensure_capacity,
     get,
-    grow,
-    init_cache,
+    get_leaves,
     nbytes,
     overflowed,
     positions,
+    seq_length,
+    stored_positions,
+    valid,
+)
+from lucid_jax.cache.layouts import Chunked, Dynamic, LayerSpec, Sliding, Static
+from lucid_jax.cache.rows import compact, concat, extract, free, insert
+from lucid_jax.cache.sharding import shardings
+from lucid_jax.cache.stacked import LayerLike
+from lucid_jax.cache.stacking import stack, unstack
+from lucid_jax.cache.state import CacheState, Shared
+from lucid_jax.cache.tokens import TokenLayer as Layer
+from lucid_jax.cache.tree import keep_path, tree_mask
+from lucid_jax.cache.update import update, update_leaves
+from lucid_jax.cache.verbs import (
+    astype,
+    checked,
+    crop,
+    ensure_capacity,
+    grow,
     reorder,
     repeat_interleave,
     reset,
     rollback,
     select,
-    seq_length,
-    stored_positions,
-    update,
-    valid,
 )
-from lucid_jax.cache.tree import keep_path, tree_mask
 from lucid_jax.decode import (
     BeamResult,
     Generation,
@@ -51,17 +55,14 @@ from lucid_jax.decode import (
     speculate,
     stream,
 )
-from lucid_jax.files import CacheFileError, load, save
-from lucid_jax.planning import Plan, plan
-from lucid_jax.plots import plot_beam_tree, plot_occupancy
-from lucid_jax.report import MemoryReport, memory_report, state_html
-from lucid_jax.tensor import (
+from lucid_jax.io import exports
+from lucid_jax.io.files import CacheFileError, load, save
+from lucid_jax.lucid import (
     BFloat16,
     Bool,
     Float16,
     Float32,
     Float64,
-    Int8,
     Int16,
     Int32,
     Int64,
@@ -69,10 +70,14 @@ from lucid_jax.tensor import (
     manual_seed,
     randn,
 )
+from lucid_jax.lucid import Int8 as Int8  # the documented dtype; not in __all__, see codecs.Int8
+from lucid_jax.tools.planning import Plan, plan
+from lucid_jax.tools.plots import plot_beam_tree, plot_occupancy
+from lucid_jax.tools.report import MemoryReport, memory_report
 
-CacheState._repr_html_ = state_html  # type: ignore[attr-defined]
+exports.register_states()
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "BFloat16",
@@ -80,17 +85,18 @@ __all__ = [
     "Bool",
     "CacheFileError",
     "CacheState",
+    "Chunked",
     "Dynamic",
     "EncoderDecoderState",
     "Float16",
     "Float32",
     "Float64",
     "Generation",
-    "Int8",
     "Int16",
     "Int32",
     "Int64",
     "Layer",
+    "LayerLike",
     "LayerSpec",
     "MemoryReport",
     "NGram",
@@ -103,6 +109,7 @@ __all__ = [
     "Static",
     "Tensor",
     "Tree",
+    "astype",
     "attend",
     "beam_search",
     "capacity",
@@ -114,10 +121,12 @@ __all__ = [
     "crop",
     "ensure_capacity",
     "extend",
+    "extend_leaves",
     "extract",
     "free",
     "generate",
     "get",
+    "get_leaves",
     "grow",
     "init_cache",
     "insert",
@@ -142,10 +151,14 @@ __all__ = [
     "scoring",
     "select",
     "seq_length",
+    "shardings",
     "speculate",
+    "stack",
     "stored_positions",
     "stream",
     "tree_mask",
+    "unstack",
     "update",
+    "update_leaves",
     "valid",
 ]

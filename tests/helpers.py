@@ -1,16 +1,68 @@
 """Shared by the tests: small builders of tokens and states, poison, recorded beams."""
 
+import dataclasses
 import functools
 import json
+import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import lucid_jax as lj
+from lucid_jax.cache import layouts
+from lucid_jax.cache.reading import slot_runs
 from lucid_jax.decode import beam_search
+from lucid_jax.models.config import ModelConfig
 
+SEED = int(os.environ["LUCID_JAX_TEST_SEED"])  # conftest.py sets it
+# For `lowered.compile`, where what XLA makes of a program is the question: undoes conftest.py.
+_older_emitters = "fusion_emitters" in os.environ.get("XLA_FLAGS", "")
+USERS_XLA = {"xla_cpu_use_fusion_emitters": True} if _older_emitters else {}
 H, D, DV = 2, 4, 3  # heads and widths of the tests that do not care
+# A model of a few thousand parameters.
+TINY_CONFIG = ModelConfig(
+    vocab_size=280,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=32,
+)
+
+
+def example(spec, capacity, codec=None):
+    """A spec of any layout, for texts of `capacity` tokens or, in a window, half; rolls back 3."""
+    given = {"window": max(9, capacity // 2), "sinks": 2, "slack": 3, "track": False}
+    fields = [field.name for field in dataclasses.fields(spec) if field.name != "codec"]
+    numbers = {name: given.get(name, capacity) for name in fields}
+    return spec(**numbers, codec=lj.codecs.Identity() if codec is None else codec)
+
+
+# Of every layout in the registry, a spec from a number of tokens and a codec.
+LAYOUTS = {name.lower(): functools.partial(example, spec) for name, spec in layouts.LAYOUTS.items()}
+
+
+def more_layouts(capacity, *named):
+    """Of the layouts that a test does not name, a spec from a codec."""
+    named = named or ("static", "dynamic", "sliding")
+    return {
+        name: functools.partial(make_spec, capacity)
+        for name, make_spec in LAYOUTS.items()
+        if name not in named
+    }
+
+
+def visible(spec, count):
+    """Which of `count` tokens each of them sees, bool [query, key], by what its layout keeps."""
+    seen = np.zeros((count, count), bool)
+    for query in range(count):
+        with jax.ensure_compile_time_eval():
+            runs = spec.layout().kept(0, query + 1)
+        for first, stop in runs:
+            seen[query, int(first) : int(stop)] = True
+    return seen
 
 
 def tokens(seed, batch, count, heads=H, dim=D, value_dim=DV, dtype=np.float32):
@@ -96,10 +148,9 @@ def poison(state):
         return jax.tree.map(fill, tree)
 
     def spoil_layer(layer):
-        packed, *raw = layer.parts()
-        key, value = spoil((layer.key, layer.value), packed)
+        packed, *raw = slot_runs(layer)
         recent = spoil(layer.recent, raw[0]) if raw else None
-        return layer.replace(key=key, value=value, recent=recent)
+        return layer.replace(leaves=layer.leaves | spoil(layer.stored, packed), recent=recent)
 
     return state.with_layers(spoil_layer(layer) for layer in state.layers)
 

@@ -49,6 +49,47 @@ class Window:
     sinks: int = 0
     slack: int = 0
 
+    def sees(self, position, newest):
+        """Whether the token at a position is seen from the newest."""
+        return position > newest - self.window or position < self.sinks
+
+    def slot(self, position, whole):
+        """The ring slot of a position after the pinned ones; None of those."""
+        pinned = whole(self.sinks)
+        return (position - pinned) % self.ring(whole) if position >= pinned else None
+
+    def ring(self, whole):
+        """Slots of the ring: whole groups."""
+        return whole(self.window + self.slack)
+
+
+class Arithmetic:
+    """Another layout that drops tokens, by its own three functions: tested is what follows from them.
+
+    What they mean is for a test of the layout's own.
+    """
+
+    def __init__(self, spec):
+        self.layout, self.slack = spec.layout(), spec.layout().slack
+        self._seen, self._slots = {}, {}
+
+    def sees(self, position, newest):
+        """Whether the token at a position is seen from the newest."""
+        if newest not in self._seen:
+            runs = self.layout.kept(0, newest + 1)
+            self._seen[newest] = [(int(first), int(stop)) for first, stop in runs]
+        return any(first <= position < stop for first, stop in self._seen[newest])
+
+    def slot(self, position, whole):
+        """The ring slot of a position after the pinned ones; None of those."""
+        if position not in self._slots:
+            self._slots[position] = int(self.layout.slot(position, 0))
+        return self._slots[position] if position >= self.layout.pinned else None
+
+    def ring(self, whole):
+        """Slots of the ring."""
+        return self.layout.slots - self.layout.pinned
+
 
 class Row:
     """One batch row: every token it ever saw, and which of them are still there."""
@@ -228,11 +269,12 @@ class Oracle:
 
     def attend(
         self, query, *, lengths=None, cache_position=None, scale=None, softcap=None, window=None,
-        mask=None, bias=None, causal=True,
+        mask=None, bias=None, causal=True, sink_logits=None,
     ):  # fmt: skip
         """Every query sees the tokens as they stood when it was the newest, however long ago.
 
-        `mask` and `bias` count the stored tokens, so they are for layers that drop none.
+        `mask` and `bias` count the stored tokens, so they are for layers that drop none. `sink_logits`
+        [N] are one more column of each head's softmax, of a token whose value is zero.
         """
         batch, heads, tokens, dim = query.shape
         full = (batch, heads, tokens, self.capacity)
@@ -263,8 +305,10 @@ class Oracle:
                         scores = softcap * np.tanh(scores / softcap)
                     if not self.sliding:
                         scores += bias[b, n, t, np.array(see) - row.start]
+                    if sink_logits is not None:
+                        scores = np.append(scores, sink_logits[n])
                     weights = np.exp(scores - scores.max())
-                    weights /= weights.sum()
+                    weights = (weights / weights.sum())[: len(see)]
                     out[b, n, t] = weights @ np.stack([at[p][1][kv] for p in see])
         return out
 
@@ -272,9 +316,7 @@ class Oracle:
 
     def _in_window(self, position, newest):
         """Whether the token at a position is seen from the newest: all, or sinks and window."""
-        if self.sliding is None:
-            return True
-        return position > newest - self.sliding.window or position < self.sliding.sinks
+        return self.sliding is None or self.sliding.sees(position, newest)
 
     def _token(self, row, position, newest):
         """The token at a position as it is read when `newest` is the newest one."""
@@ -353,14 +395,11 @@ class Oracle:
         return 2 * self.codec.residual + self.codec.group
 
     def _slot(self, position):
-        """The ring slot of a position after the pinned ones; sinks, window + slack: whole groups."""
-        if self.sliding is None:
-            return None
-        pinned = self._whole(self.sliding.sinks)
-        return (position - pinned) % self._ring_slots() if position >= pinned else None
+        """The ring slot of a position; None if it stays where it is."""
+        return None if self.sliding is None else self.sliding.slot(position, self._whole)
 
     def _ring_slots(self):
-        return self._whole(self.sliding.window + self.sliding.slack)
+        return self.sliding.ring(self._whole)
 
     def _whole(self, count):
         return -(-count // self.codec.group) * self.codec.group

@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import checkify
 
 import lucid_jax as lj
-from tests.helpers import DV, D, H, make, poison, queries, stored, tokens
+from tests.helpers import DV, D, H, filled, make, poison, queries, stored, tokens
 from tests.oracle import Oracle
 
+pytestmark = pytest.mark.usefixtures("each_backend")
 B = 2
 
 
@@ -280,17 +282,6 @@ def test_large_scores_stay_finite():
         np.testing.assert_allclose(got, value[:, :, best], rtol=1e-5)
 
 
-def test_gradients_of_a_query_are_finite():
-    """`attend` differentiates by the query in forward mode, an empty row included."""
-    both = Both().update(5)
-    query = jnp.asarray(both.query(2))
-    f = lambda q: lj.attend(both.state, q, 0)  # noqa: E731
-    _, tangent = jax.jvp(f, (query,), (jnp.ones_like(query),))
-    step = 1e-3
-    numeric = (np.float64(f(query + step)) - np.float64(f(query - step))) / (2 * step)
-    np.testing.assert_allclose(tangent, numeric, rtol=1e-2, atol=1e-3)
-
-
 def test_jitted_attend_agrees_with_eager_for_every_option():
     """Traced state, query, mask, bias, lengths and places give what concrete ones give."""
     both = Both(ragged=True).update(6)
@@ -381,3 +372,119 @@ def test_attention_starts_reading_at_the_window(ragged, monkeypatch):
     jax.clear_caches()
     assert not np.any(lj.attend(state, queries(0, 2, 1), 0, window=2))
     jax.clear_caches()
+
+
+# --- each query's own visibility ------------------------------------------------------------------
+
+BROKEN = {"nan": np.nan, "inf": np.inf, "-inf": -np.inf}
+
+
+@pytest.mark.parametrize("bad", BROKEN.values(), ids=BROKEN)
+@pytest.mark.parametrize("where", ["key", "value"])
+@pytest.mark.parametrize("spec", [lj.Static(8), lj.Sliding(4, 1, 3)], ids=["static", "sliding"])
+def test_a_broken_token_reaches_only_queries_that_see_it(spec, where, bad):
+    """One call is token by token also where a later token is not finite."""
+    key, value = tokens(0, B, 5)
+    query = queries(0, B, 5)
+    (key if where == "key" else value)[:, 0, 2, 1] = bad
+    whole, _ = lj.extend(make(spec), query, key, value, 0)
+    state, one_by_one = make(spec), []
+    for i in range(5):
+        out, state = lj.extend(state, *(x[:, :, i : i + 1] for x in (query, key, value)), 0)
+        one_by_one.append(out)
+    assert np.isfinite(np.asarray(whole)[:, :, :2]).all()
+    assert not np.isfinite(np.asarray(whole)[:, 0, 2]).all()
+    np.testing.assert_allclose(whole, np.concatenate(one_by_one, axis=2), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("how", ["mask", "bias", "window", "mask of a head"])
+def test_what_hides_a_token_hides_its_nan(how, count):
+    """A mask, a bias of -inf or a window: a broken token that it hides leaves no trace."""
+    key, value = tokens(0, B, 6)
+    clean = lj.update(make(), key, value, 0)
+    value[:, :, 1] = np.nan
+    key[:, :, 1] = np.nan
+    state = lj.update(make(), key, value, 0)
+    query = queries(0, B, count)
+    hides = np.arange(8) != 1
+    options = {
+        "mask": {"mask": hides},
+        "bias": {"bias": np.where(hides, np.float32(0.5), -np.inf)},
+        "window": {"window": 2},
+        "mask of a head": {
+            "mask": hides[None, None, None] | (np.arange(2 * H) == 0)[:, None, None]
+        },
+    }[how]
+    got, expected = (np.asarray(lj.attend(s, query, 0, **options)) for s in (state, clean))
+    if how == "mask of a head":
+        assert np.isnan(got[:, 0]).all()
+        got, expected = got[:, 1:], expected[:, 1:]
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("codec", [lj.codecs.Int8(), lj.codecs.Float8(), lj.codecs.Int4()], ids=str)
+def test_a_broken_token_of_a_codec_reaches_only_queries_that_see_it(codec):
+    """Its scale tells: earlier queries of the chunk are as without it."""
+    key, value = tokens(0, B, 4)
+    query = queries(0, B, 4)
+    clean, _ = lj.extend(make(lj.Static(8, codec)), query, key, value, 0)
+    value[:, :, 3] = np.nan
+    got, _ = lj.extend(make(lj.Static(8, codec)), query, key, value, 0)
+    np.testing.assert_allclose(got[:, :, :3], clean[:, :, :3], rtol=1e-6)
+    assert np.isnan(np.asarray(got)[:, :, 3]).all()
+
+
+@pytest.mark.parametrize("ragged", [False, True], ids=["aligned", "ragged"])
+def test_after_a_rollback_a_ring_answers_only_queries_it_still_can(ragged):
+    """Tokens that were rolled back have overwritten what older queries should see."""
+    spec = lj.Sliding(9, 0, 4)
+    state = lj.rollback(lj.update(make(spec, ragged=ragged), *tokens(0, B, 18), 0), 3)
+    plain = lj.update(make(spec, ragged=ragged), *(x[:, :, :15] for x in tokens(0, B, 18)), 0)
+    query = queries(0, B, 3)
+    with pytest.raises(ValueError, match=r"3 queries came, .* at most 2 are left to ask"):
+        lj.attend(state, query, 0)
+    got = lj.attend(state, query[:, :, 1:], 0)
+    np.testing.assert_allclose(got, lj.attend(plain, query[:, :, 1:], 0), rtol=1e-6)
+    step = checkify.checkify(jax.jit(lambda s, q: lj.attend(s, q, 0)))
+    assert (
+        "more queries than the tokens rolled back have left"
+        in step(lj.checked(state), query)[0].get()
+    )
+    assert step(lj.checked(state), query[:, :, 1:])[0].get() is None
+    # A window of fewer tokens does not reach what is gone.
+    narrow, expected = (lj.attend(s, query, 0, window=2) for s in (state, plain))
+    np.testing.assert_allclose(narrow, expected, rtol=1e-6)
+    if ragged:  # a row's own padding asks nothing
+        assert lj.attend(state, query, 0, lengths=[2, 1]).shape == (*query.shape[:3], DV)
+
+
+@pytest.mark.parametrize("traced", [False, True], ids=["eager", "traced arguments"])
+@pytest.mark.parametrize("spec", [lj.Dynamic(), lj.Dynamic(lj.codecs.KIVI(4, 3))], ids=str)
+def test_a_mask_of_the_capacity_is_taken_by_a_call_that_grows(spec, traced):
+    """What it says of the slots there were holds; of those that were added it hides nothing."""
+    state, *_ = filled(60, spec)
+    key, value = tokens(1, 2, 9)
+    query = queries(1, 2, 9)
+    rng = np.random.default_rng(2)
+    mask, bias = rng.random((9, 64)) > 0.3, rng.standard_normal((9, 64)).astype(np.float32)
+    whole = {
+        "mask": np.concatenate([mask, np.ones((9, 64), bool)], 1),
+        "bias": np.concatenate([bias, np.zeros((9, 64), np.float32)], 1),
+    }
+
+    def run(**options):
+        if not traced:
+            return lj.extend(state, query, key, value, 0, **options)[0]
+        return jax.jit(lambda q, o: lj.extend(state, q, key, value, 0, **o)[0])(query, options)
+
+    assert lj.capacity(state) == 64
+    expected = run(**whole)
+    np.testing.assert_array_equal(run(mask=mask, bias=bias), expected)
+    np.testing.assert_array_equal(run(mask=whole["mask"], bias=bias), expected)
+    assert not np.array_equal(run(bias=bias), expected)
+    with pytest.raises(ValueError, match=r"mask must broadcast .* 128\), got \(63,\)"):
+        run(mask=np.ones(63, bool))
+    ring = make(lj.Sliding(5))
+    with pytest.raises(ValueError, match="mask must broadcast"):
+        lj.extend(ring, query, key, value, 0, mask=np.ones(5, bool))

@@ -12,9 +12,12 @@ import pytest
 from flax import nnx
 
 import lucid_jax as lj
-from lucid_jax.decode import BeamResult, beam, beam_search, generate, generation
+from lucid_jax.decode import BeamResult, beam, beam_loop, beam_search, generate
+from lucid_jax.decode import prefill as prefill_module
+from lucid_jax.decode.options import DecodeOptions
+from lucid_jax.decode.prompts import pad_prompts
 from lucid_jax.models import ModelConfig, Transformer, load_model
-from tests.helpers import assert_same, check_beams, make, tokens
+from tests.helpers import USERS_XLA, assert_same, check_beams, make, tokens
 from tests.plain_beam import search
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -40,10 +43,10 @@ def last_logits(spec=None, rows=4, length=24):
         net = nnx.merge(graph, params)
         state = net.init_cache(lj.Static(length) if spec is None else spec, rows, ragged=True)
         hidden, _ = net.hidden(padded, state, lengths=lengths)
-        return net.logits(generation.hidden_at(hidden, lengths)[:, None])[:, 0]
+        return net.logits(prefill_module.hidden_at(hidden, lengths)[:, None])[:, 0]
 
     def logits(texts):
-        padded, lengths = generation.pad_prompts(texts + [[0]] * (rows - len(texts)), 64)
+        padded, lengths = pad_prompts(texts + [[0]] * (rows - len(texts)), 64)
         padded = np.pad(padded, ((0, 0), (0, length - padded.shape[1])))
         return np.asarray(run(params, padded, lengths), np.float64)[: len(texts)]
 
@@ -224,30 +227,32 @@ def test_any_cache_searches_as_it_would_alone(spec, history):
 def test_a_prompt_is_prefilled_once_not_once_per_beam(monkeypatch):
     """Prefill sees each prompt's tokens in one row, and a tree's cache never has more rows."""
     fed = []
-    prefill = generation._prefill
+    prefill = prefill_module._prefill
     monkeypatch.setattr(
-        generation,
+        prefill_module,
         "_prefill",
         lambda graph, params, state, chunk, counts, last: (
             fed.append((chunk.shape[0], state.batch_size, counts.sum()))
             or prefill(graph, params, state, chunk, counts, last)
         ),
     )
-    rules = beam.as_rules(NEW, 1.0, False, 1.0, STOPS, 64)
+    options = DecodeOptions.of(max_new_tokens=NEW, stop_tokens=STOPS)
     for history, rows in (("tree", 3), ("reorder", 9)):
         fed.clear()
-        state = beam.prefilled(model(), PROMPTS, rules, 3, None, 512, history)[2]
+        state = beam.prefilled(model(), PROMPTS, options, 3, history)[2]
         assert fed == [(3, 3, sum(map(len, PROMPTS)))]
         assert state.batch_size == rows
 
 
 @pytest.mark.parametrize("history", ["tree", "reorder"])
+@pytest.mark.exhaustive
 def test_the_search_makes_no_second_cache(history):
     """The compiled loop's scratch memory is far below one buffer of the cache it is given."""
-    rules = beam.as_rules(NEW, 1.0, False, 1.0, STOPS, 64)
-    start = beam.prefilled(model(), PROMPTS[:1], rules, 4, lj.Static(30000), 512, history)
+    options = DecodeOptions.of(max_new_tokens=NEW, stop_tokens=STOPS, cache=lj.Static(30000))
+    rules = beam.as_rules(options, 1.0, False, 64)
+    start = beam.prefilled(model(), PROMPTS[:1], options, 4, history)
     buffer = start[2].layers[0].key.nbytes
-    memory = beam.search_from.lower(*start).compile().memory_analysis()
+    memory = beam_loop.search_from.lower(*start, rules).compile(USERS_XLA).memory_analysis()
     assert memory.temp_size_in_bytes < buffer / 2
     assert memory.alias_size_in_bytes >= 4 * buffer  # keys and values of two layers, in place
 
@@ -256,7 +261,7 @@ def test_heirs_keep_their_beams_number():
     """A beam's best continuation stays in its row; the others fill the rows of beams that died."""
     parent = np.random.default_rng(0).integers(0, 5, (200, 11))
     order = np.argsort(np.random.default_rng(1).random((200, 11)))[:, :5]
-    settled = np.asarray(beam._settled(jnp.asarray(parent), jnp.asarray(order)))
+    settled = np.asarray(beam_loop._settled(jnp.asarray(parent), jnp.asarray(order)))
     for parents, chosen, placed in zip(parent, order, settled, strict=True):
         assert sorted(placed) == sorted(chosen)
         for number in range(5):
@@ -318,7 +323,8 @@ def test_models_whose_positions_count_slots_get_a_row_per_beam():
     for net, reason in ((windowed, "windows"), (by_place, "rotary")):
         with pytest.raises(ValueError, match=reason):
             beam_search(net, [[1]], num_beams=2, max_new_tokens=2, history="tree")
-        assert beam._open(net, lj.Static(9), 1, 1, 2, 2, None)[1] == "reorder"
+        options = DecodeOptions.of(max_new_tokens=2, cache=lj.Static(9))
+        assert beam._open_cache(net, options, 1, 1, 2, None)[2] == "reorder"
 
 
 # --- reorder(since=) -------------------------------------------------------------------------------
@@ -426,6 +432,18 @@ class Letters:
 
     def decode(self, ids):
         return "".join(chr(97 + i) for i in ids)
+
+
+@pytest.mark.parametrize("spec", [lj.Chunked(4), lj.Sliding(4)], ids=str)
+def test_a_model_whose_own_cache_drops_tokens_reorders_rows(monkeypatch, spec):
+    """Attention in blocks is no window: what cannot be a tree is seen from the cache it asks for."""
+    monkeypatch.setattr(Transformer, "cache_spec", lambda self, length, *, slack=0: spec)
+    expected = beam_search(model(), [[1, 2, 3]], num_beams=2, max_new_tokens=4, cache=spec)
+    result = beam_search(model(), [[1, 2, 3]], num_beams=2, max_new_tokens=4)
+    assert result.history == "reorder"
+    np.testing.assert_array_equal(result.sequences, expected.sequences)
+    with pytest.raises(ValueError, match="does not store each token by itself"):
+        beam_search(model(), [[1, 2, 3]], num_beams=2, max_new_tokens=4, history="tree")
 
 
 def test_the_beam_tree_is_drawn():

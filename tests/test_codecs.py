@@ -7,14 +7,16 @@ import pytest
 
 import lucid_jax as lj
 from lucid_jax.attention.dense import dot_product
-from lucid_jax.cache.forms import hadamard
-from tests.helpers import make, stored, tokens
+from lucid_jax.cache.codecs import default_codec
+from lucid_jax.cache.codecs.rotation import hadamard
+from tests.helpers import USERS_XLA, assert_same, make, queries, stored, tokens
 
-INT8, INT4, FP8, KIVI = (
-    lj.codecs.Int8, lj.codecs.Int4, lj.codecs.Float8, lj.codecs.KIVI,
+INT8, INT4, FP8, KIVI, SIMULATED = (
+    lj.codecs.Int8, lj.codecs.Int4, lj.codecs.Float8, lj.codecs.KIVI, lj.codecs.Simulated,
 )  # fmt: skip
 H, D = 2, 32
 EVERY = {
+    "bits": lj.codecs.Bits(),
     "int8": INT8(), "int8-rotated": INT8(rotate=True), "fp8": FP8(), "fp8-rotated": FP8(rotate=True),
     "int4": INT4(), "int4-8": INT4(group=8), "int4-rotated": INT4(rotate=True),
     "kivi": KIVI(group=8, residual=4), "kivi-rotated": KIVI(group=8, residual=4, rotate=True),
@@ -113,7 +115,7 @@ def test_attend_never_materialises_a_decoded_cache(codec):
         state = make(lj.Static(capacity, codec), batch=1, heads=2, dim=64, value_dim=64)
         query = jnp.ones((1, 2, 1, 64))
         run = jax.jit(lambda s, q: lj.attend(s, q, 0))
-        return run.lower(state, query).compile().memory_analysis().temp_size_in_bytes
+        return run.lower(state, query).compile(USERS_XLA).memory_analysis().temp_size_in_bytes
 
     assert scratch(16384) <= scratch(1024) + 4096
 
@@ -178,8 +180,10 @@ def test_odd_widths_pack_too(codec, dim):
         (lambda: make(lj.Static(4, lj.Int8)), TypeError, "codecs.Int8"),
         (lambda: lj.Sliding(8, codec="int8"), TypeError, "codecs.Int8"),
         (lambda: make(lj.Static(4, INT8()), dtype=jnp.int32), TypeError, "floating"),
+        (lambda: SIMULATED(INT8), TypeError, "codecs.Int8"),
+        (lambda: SIMULATED(SIMULATED(INT8())), TypeError, "leave one out"),
     ],
-    ids=range(8),
+    ids=range(10),
 )
 def test_bad_codecs_are_refused_with_the_fix(make_codec, error, says):
     """At the latest when a cache is made."""
@@ -232,8 +236,253 @@ def test_what_is_quantized_is_never_quantized_again(codec):
     jax.tree.map(np.testing.assert_array_equal, packed(state), before)
 
 
-@pytest.mark.parametrize("codec", [INT4(), KIVI(group=4, residual=1)], ids=["int4", "kivi"])
-def test_the_largest_float16_stays_finite(codec):
-    """An offset rounded to bfloat16 may pass what float16 can say."""
-    key = jnp.full((1, H, 12, D), -65504, jnp.float16)
-    assert np.isfinite(np.asarray(lj.get(_fill(codec, key, key), 0)[0], np.float32)).all()
+LOUD = {
+    "all": np.ones((24, D)),
+    "alternating": np.ones((24, D)) * np.where(np.arange(D) % 2, -1, 1),
+    "alternating tokens": np.ones((24, D)) * np.where(np.arange(24) % 2, -1, 1)[:, None],
+    "random": np.random.default_rng(0).uniform(-1, 1, (24, D)),
+    "one": np.eye(24, D),
+}
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("name", EVERY)
+def test_the_largest_numbers_saturate(name, dtype):
+    """Finite tokens stay finite, and near: a rounded code times its scale may pass the largest."""
+    codec, top = EVERY[name], np.asarray(jnp.finfo(dtype).max).astype(np.float64)
+    query = np.random.default_rng(3).standard_normal((1, 2 * H, 1, D)) / top
+    query = jnp.asarray(query, jnp.float32)
+    for pattern, part in ((x, part) for x in LOUD.values() for part in (1, -1, 0.55)):
+        sent = jnp.asarray((pattern * (part * top)).astype(dtype))
+        key = jnp.broadcast_to(sent, (1, H, *sent.shape))
+        state = _fill(codec, key, key)
+        *got, valid = lj.get(state, 0)
+        for ours in got:
+            ours = np.asarray(ours, np.float64)
+            assert np.isfinite(ours).all()
+            # Rotated, a number may grow by the root of the width, and has to be cut.
+            if "rotated" not in name or dtype == jnp.float16:
+                assert np.abs(ours - np.asarray(sent, np.float64)).max() <= 0.2 * top
+        # One token has all the weight: a sum of several may pass the largest number by itself.
+        mask = np.arange(24) == 3
+        out = lj.attend(state, query, 0, mask=mask)
+        assert np.isfinite(out).all()
+        keys, values = (x.astype(jnp.float32) for x in got)
+        expected = dot_product(query, keys, values, mask=valid & mask)
+        np.testing.assert_allclose(out, expected, rtol=1e-2, atol=1e-2 * top)
+
+
+# --- tokens as they are ----------------------------------------------------------------------------
+
+IDENTITY, BITS = lj.codecs.Identity(), lj.codecs.Bits()
+NARROW = [jnp.bfloat16, jnp.float16]
+
+
+def _leaf_dtypes(codec, dtype):
+    return {leaf.dtype.name for leaf in jax.tree.leaves(make(
+        lj.Static(4, codec), dtype=dtype).layers[0]) if leaf.ndim >= 3}  # fmt: skip
+
+
+def test_a_leaf_has_its_tokens_dtype():
+    """Unless the codec has codes and scales of its own, or `Bits` was asked for."""
+    for dtype in (jnp.float32, jnp.bfloat16, jnp.float16, jnp.int8, jnp.int32):
+        assert _leaf_dtypes(IDENTITY, dtype) == {jnp.dtype(dtype).name}
+    for dtype in (jnp.float32, jnp.int32):
+        assert _leaf_dtypes(BITS, dtype) == {jnp.dtype(dtype).name}
+    assert {name for dtype in NARROW for name in _leaf_dtypes(BITS, dtype)} == {"uint16"}
+    assert _leaf_dtypes(INT8(), jnp.bfloat16) == {"int8", "float32"}
+    assert _leaf_dtypes(FP8(), jnp.bfloat16) == {"uint8", "float32"}
+    assert _leaf_dtypes(INT4(), jnp.bfloat16) == {"uint8", "uint16"}
+    assert _leaf_dtypes(KIVI(), jnp.bfloat16) == {"uint8", "uint16"}
+
+
+@pytest.mark.parametrize("dtype", [*NARROW, jnp.float32])
+@pytest.mark.parametrize("layout", ["static", "sliding"])
+def test_bits_are_identity_in_every_value_seen(layout, dtype):
+    """Any bits at all: what `get` and `attend` give, and the bytes reserved. A NaN is a NaN."""
+    bits = np.random.default_rng(0).bytes(2 * H * 9 * 4 * jnp.dtype(dtype).itemsize)
+    new = jnp.asarray(np.frombuffer(bits, dtype).reshape(2, H, 9, 4))
+    new = new.at[0, 0, :2, 0].set(jnp.array([jnp.nan, -0.0], dtype))
+    tame = jnp.asarray(tokens(0, 2, 9, value_dim=4)[0], dtype)
+    gets, outs = [], []
+    for codec in (IDENTITY, BITS):
+        spec = lj.Static(12, codec) if layout == "static" else lj.Sliding(5, 1, 3, codec)
+        empty = make(spec, dtype=dtype, value_dim=4)
+        state = lj.rollback(lj.update(empty, new, tame, 0), 1)
+        got = [np.asarray(x, np.float32) for x in lj.get(state, 0)]
+        gets.append([np.where(np.isnan(x), np.nan, x).view(np.uint32) for x in got])
+        state = lj.update(empty, tame, tame, 0)
+        outs.append([lj.attend(state, queries(0, 2, 2), 0), lj.nbytes(state)])
+    for one, other in zip(*gets, strict=True):
+        np.testing.assert_array_equal(one, other)
+    np.testing.assert_array_equal(outs[0][0], outs[1][0])
+    assert outs[0][1] == outs[1][1]
+
+
+def test_the_default_appends_in_place_and_init_cache_never_chooses_it():
+    """On CPU narrow floats become bits, elsewhere and otherwise tokens stay as they are."""
+    on_cpu = jax.default_backend() == "cpu"
+    for dtype in NARROW:
+        assert default_codec(dtype) == (BITS if on_cpu else IDENTITY)
+        assert make(lj.Static(4), dtype=dtype).layers[0].packing.codec == IDENTITY
+    assert default_codec(jnp.float32) == default_codec(jnp.int8) == IDENTITY
+
+
+@pytest.mark.parametrize("one, other", [(IDENTITY, BITS), (BITS, IDENTITY)], ids=str)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_rows_go_from_bits_to_identity_and_back(one, other, dtype):
+    """`insert` and `concat` take either, and keep the codec of the first."""
+    key, value = (jnp.asarray(x, dtype) for x in tokens(0, 1, 5))
+    states = [
+        lj.update(make(lj.Static(8, codec), batch=1, dtype=dtype, ragged=True), key, value, 0)
+        for codec in (one, other)
+    ]
+    joined = lj.concat(states)
+    assert joined.layers[0].spec == lj.Static(8, one)
+    assert jax.tree.structure(joined) == jax.tree.structure(states[0])
+    assert_same(lj.extract(joined, 0), lj.extract(joined, 1))
+    empty = make(lj.Static(9, one), batch=3, dtype=dtype, ragged=True)
+    for call in (lj.insert, jax.jit(lj.insert, static_argnums=1)):
+        inserted = call(empty, (2,), states[1])
+        assert jax.tree.structure(inserted) == jax.tree.structure(empty)
+        np.testing.assert_array_equal(lj.get(inserted, 0)[0][2, :, :5], key[0])
+
+
+# --- gradients -------------------------------------------------------------------------------------
+
+TRAINABLE = {name: codec for name, codec in EVERY.items() if name != "bits"}
+
+
+@pytest.mark.parametrize("name", TRAINABLE)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_simulated_tokens_are_those_of_the_codec(name, dtype):
+    """`get` gives the same numbers, rolled back and gone on too; attention agrees."""
+    codec = TRAINABLE[name]
+    key, value = (jnp.asarray(x, dtype) for x in tokens(2, 2, 30, H, D, D))
+    query = np.random.default_rng(3).standard_normal((2, 2 * H, 1, D)).astype(np.float32)
+    gets, outs = [], []
+    for one in (codec, SIMULATED(codec)):
+        state = lj.rollback(_fill(one, key, value), 3)
+        state = lj.update(state, key[:, :, :2], value[:, :, :2], 0)
+        gets.append([np.asarray(x, np.float32) for x in lj.get(state, 0)])
+        outs.append(lj.attend(state, query, 0))
+    for ours, simulated in zip(*gets, strict=True):
+        # A product with a matrix rounds as its shape makes it.
+        np.testing.assert_allclose(ours, simulated, rtol=0, atol=2e-6 if "rotated" in name else 0)
+    close = 2e-5 if dtype == jnp.float32 else 2e-2
+    np.testing.assert_allclose(*outs, rtol=close, atol=close)
+
+
+@pytest.mark.parametrize("codec", TRAINABLE.values(), ids=TRAINABLE)
+def test_gradients_of_queries_through_packed_data(codec):
+    """Tokens are constants there: gradients are those of attention over what `get` gives."""
+    key, value = tokens(2, 2, 30, H, D, D)
+    query = np.random.default_rng(3).standard_normal((2, 2 * H, 1, D)).astype(np.float32)
+    state = _fill(codec, key, value)
+    keys, values, valid = lj.get(state, 0)
+    weight = jnp.asarray(np.random.default_rng(4).standard_normal(query.shape, np.float32))
+    ours = jax.grad(lambda q: jnp.sum(weight * lj.attend(state, q, 0)))(jnp.asarray(query))
+    dense = jax.grad(lambda q: jnp.sum(weight * dot_product(q, keys, values, mask=valid)))
+    np.testing.assert_allclose(ours, dense(jnp.asarray(query)), rtol=2e-5, atol=2e-5)
+
+
+def test_places_refuse_gradients_too():
+    """A token that replaces another one goes through the same door."""
+    key, value = tokens(2, 1, 2, H, D, D)
+    state = make(lj.Static(4, INT8()), batch=1, heads=H, dim=D, value_dim=D)
+    with pytest.raises(TypeError, match=r"codecs\.Simulated\(Int8"):
+        jax.grad(lambda k: lj.get(lj.update(state, k, value, 0, [0, 1]), 0)[0].sum())(key)
+
+
+# --- dtypes ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["static", "sliding"])
+@pytest.mark.parametrize(
+    "codec", [IDENTITY, *EVERY.values(), SIMULATED(INT8())], ids=["identity", *EVERY, "simulated"]
+)
+def test_astype_converts_tokens_and_leaves_codes_alone(codec, layout):
+    """What is read is what was read, rounded; and tokens of the new dtype go on from there."""
+    spec = lj.Static(40, codec) if layout == "static" else lj.Sliding(20, 2, 3, codec)
+    key, value = tokens(2, 2, 30, H, D, D)
+    state = lj.update(make(spec, heads=H, dim=D, value_dim=D), key, value, 0)
+    narrow = lj.astype(state, jnp.bfloat16)
+    for ours, before in zip(lj.get(narrow, 0), lj.get(state, 0), strict=True):
+        expected = before.astype(jnp.bfloat16) if before.dtype == jnp.float32 else before
+        np.testing.assert_array_equal(ours.astype(jnp.float32), expected.astype(jnp.float32))
+    like = make(spec, heads=H, dim=D, value_dim=D, dtype=jnp.bfloat16)
+    assert jax.tree.structure(narrow) == jax.tree.structure(like)
+    assert [x.dtype for x in jax.tree.leaves(narrow)] == [x.dtype for x in jax.tree.leaves(like)]
+    assert_same(jax.jit(lambda s: lj.astype(s, "bfloat16"))(state), narrow)
+    wide = lj.astype(narrow, jnp.float32)
+    assert_same(lj.astype(wide, jnp.bfloat16), narrow)
+    new = (jnp.asarray(x[:, :, :2], jnp.bfloat16) for x in (key, value))
+    gone_on = lj.update(narrow, *new, 0)
+    assert lj.seq_length(gone_on) == min(32, lj.capacity(gone_on))
+    assert np.isfinite(lj.attend(gone_on, queries(0, 2, 2, 2 * H, D), 0)).all()
+
+
+@pytest.mark.parametrize("codec", EVERY.values(), ids=EVERY)
+@pytest.mark.parametrize("only_floats", [False, True])
+def test_what_tree_map_has_converted_says_so(codec, only_floats):
+    """At the next update, read or attention, eager or traced, naming the fix."""
+    state = make(lj.Static(8, codec))
+    new = [jnp.asarray(x, jnp.float32) for x in tokens(0, 2, 1)]
+
+    def cast(leaf):
+        keep = only_floats and not jnp.issubdtype(leaf.dtype, jnp.floating)
+        return leaf if keep else leaf.astype(jnp.float16)
+
+    cast_state = jax.tree.map(cast, state)
+    if all(a is b for a, b in zip(*map(jax.tree.leaves, (state, cast_state)), strict=True)):
+        assert only_floats  # codes and integers only: there was nothing to convert
+        return
+    for use in (
+        lambda s: lj.update(s, *new, 0),
+        jax.jit(lambda s: lj.update(s, *new, 0)),
+        lambda s: lj.get(s, 0),
+        lambda s: lj.attend(s, queries(0, 2, 1), 0),
+        lambda s: lj.astype(s, jnp.float16),
+    ):
+        with pytest.raises(TypeError, match=r"float16.*lucid_jax\.astype\(state, dtype\)"):
+            use(cast_state)
+
+
+@pytest.mark.parametrize("codec", [IDENTITY, BITS], ids=str)
+@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.int8, jnp.uint4, bool])
+def test_narrower_tokens_are_stored_too(codec, dtype, tmp_path):
+    """Bit for bit, through a ring that wraps and, but for four bits, a file."""
+    key, value = (jnp.asarray(3 * x).astype(dtype) for x in tokens(0, 2, 9))
+    state = make(lj.Sliding(5, 1, 1, codec), dtype=dtype)
+    for part in (slice(0, 4), slice(4, 5), slice(5, 9)):
+        state = lj.update(state, key[:, :, part], value[:, :, part], 0)
+    kept = np.array([0, 4, 5, 6, 7, 8])
+    for ours, sent in zip(lj.get(state, 0), (key, value), strict=False):
+        assert ours.dtype == dtype
+        np.testing.assert_array_equal(np.asarray(ours), np.asarray(sent)[:, :, kept])
+    assert np.isfinite(lj.attend(state, queries(0, 2, 2), 0)).all()
+    if jnp.dtype(dtype).name.startswith("float8"):
+        lj.save(tmp_path / "state", state)
+        assert_same(lj.load(tmp_path / "state"), state)
+
+
+@pytest.mark.parametrize("convert", [False, True], ids=["init_cache", "astype"])
+@pytest.mark.parametrize(
+    ("dtype", "says"),
+    [
+        (jnp.complex64, "got complex64; store real and imaginary parts"),
+        (jnp.float4_e2m1fn, r"one of float8_e4m3fn, .*got float4_e2m1fn; .*codecs\.Int4"),
+        (jnp.float8_e8m0fnu, "got float8_e8m0fnu"),
+        ("S3", "got"),
+    ],
+    ids=str,
+)
+def test_dtypes_that_caches_do_not_hold_are_refused(dtype, says, convert):
+    """With what they hold; XLA would fail, abort, or cannot say zero in them."""
+    with pytest.raises(TypeError, match=says):
+        lj.astype(make(), dtype) if convert else make(dtype=dtype)
+    if convert:
+        with pytest.raises(TypeError, match="quantizes floating-point"):
+            lj.astype(make(lj.Static(8, INT8())), jnp.int32)
+        with pytest.raises(TypeError, match="takes a CacheState, got list"):
+            lj.astype([make()], dtype)

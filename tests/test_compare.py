@@ -5,10 +5,10 @@ import pytest
 from flax import nnx
 
 import lucid_jax as lj
-from lucid_jax import cli
-from lucid_jax.compare import Comparison, Run, compare, default_caches, parse_caches
 from lucid_jax.decode import generate
 from lucid_jax.models import ModelConfig, Transformer
+from lucid_jax.tools import cli
+from lucid_jax.tools.compare import CacheRun, Comparison, compare, default_caches, parse_caches
 
 
 class Letters:
@@ -22,7 +22,7 @@ class Letters:
 
 def shown(*texts):
     tokens = {name: [ord(c) - ord("a") for c in text] for name, text in texts}
-    runs = [Run(name, ids, 2048, 0.5) for name, ids in tokens.items()]
+    runs = [CacheRun(name, ids, 2048, 0.5) for name, ids in tokens.items()]
     return Comparison(runs, Letters(), prompt_tokens=3)
 
 
@@ -92,6 +92,7 @@ def model():
     return model
 
 
+@pytest.mark.exhaustive
 def test_each_run_is_what_generate_gives(model):
     caches = parse_caches("static,sliding:4/int8", 17)
     result = compare(model, Letters(), [5, 6, 7, 8, 9, 10], caches, max_new_tokens=12, repeats=1)

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import lucid_jax as lj
 import lucid_jax.nn as nn
 from tests.test_wrapper import assert_contents, contents, kv
 
@@ -297,3 +298,83 @@ def test_cross_attention_with_nothing_to_attend_to(attention):
     with pytest.raises(ValueError, match=r"encoder_hidden|holds nothing"):
         attention(_hidden(1), cache=cache, is_cross_attention=True)
     assert cache.is_updated == {}
+
+
+# --- is_updated is an attribute to set -----------------------------------------------------------
+
+
+def test_is_updated_is_a_dict_to_write_to():
+    """Every way of changing a dict reaches the cache; a cross update sets it again."""
+    cache = nn.EncoderDecoderCache()
+    cache.update(*kv(2), 0, is_cross_attention=True)
+    flags = cache.is_updated
+    cache.is_updated[0] = False
+    assert cache.is_updated == {0: False}
+    flags[1] = True  # an older view keeps what came since
+    assert cache.is_updated == flags == {0: False, 1: True}
+    del cache.is_updated[1]
+    cache.is_updated.update({2: True})
+    assert cache.is_updated.pop(2) is True
+    assert cache.is_updated.setdefault(3, True) is True
+    assert cache.is_updated == {0: False, 3: True}
+    cache.is_updated.clear()
+    assert cache.is_updated == {}
+    cache.is_updated = {1: True}
+    assert nnx.clone(cache).is_updated == {1: True}
+    cache.update(*kv(2), 0, is_cross_attention=True)
+    assert cache.is_updated == {0: True, 1: True}
+    assert cache.get_seq_length(0, is_cross_attention=True) == 4
+    with pytest.raises(ValueError, match="layer_idx"):
+        cache.is_updated[-1] = True
+    assert cache.is_updated == {0: True, 1: True}
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static", "spec"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_encoder_keys_are_replaced_where_is_updated_is_false(attention, kind, compiled):
+    """Another source, of another length: its keys take the place of the old ones, in that layer."""
+    make = {
+        "dynamic": nn.DynamicKVCache,
+        "static": lambda: nn.StaticKVCache(8, 2),
+        "spec": lambda: nn.KVCache.from_spec(
+            lj.Static(8), num_layers=2, batch_size=B, num_kv_heads=2, head_dim=4
+        ),
+    }
+    cache = nn.EncoderDecoderCache(None, make[kind]())
+
+    def call(attention, cache, encoder, layer):
+        return attention(_hidden(3), encoder_hidden=encoder, cache=cache, layer_idx=layer,
+                         is_cross_attention=True)  # fmt: skip
+
+    run = nnx.jit(call, static_argnums=3) if compiled else call
+    first, second = _hidden(5, 12, seed=1), _hidden(4, 12, seed=2)
+    for layer in range(2):
+        run(attention, cache, first, layer)
+    old = np.asarray(cache.get(1, is_cross_attention=True)[0])
+    cache.is_updated[0] = False
+    out = run(attention, cache, second, 0)
+    want = attention(_hidden(3), encoder_hidden=second, is_cross_attention=True)
+    np.testing.assert_allclose(out, want, rtol=1e-5, atol=1e-5)
+    assert cache.is_updated == {0: True, 1: True}
+    assert cache.get_seq_length(0, is_cross_attention=True) == 4
+    np.testing.assert_array_equal(cache.get(1, is_cross_attention=True)[0], old)
+    np.testing.assert_array_equal(run(attention, cache, first, 0), out)
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_refused_cross_attention_stores_nothing(attention, replaced):
+    """Neither where nothing was, nor where other keys are to be replaced."""
+    cache = nn.EncoderDecoderCache()
+    if replaced:
+        attention(_hidden(3), encoder_hidden=_hidden(5, 12), cache=cache, is_cross_attention=True)
+        cache.is_updated[0] = False
+    before = contents(cache.cross_attention_cache)
+    for options, error in (
+        ({"mask": jnp.ones((B, 4, 3, 3), bool)}, ValueError),
+        ({"mask": jnp.ones((1, 1, 1, 1))}, TypeError),
+    ):
+        with pytest.raises(error, match="mask"):
+            attention(_hidden(3), encoder_hidden=_hidden(4, 12), cache=cache,
+                      is_cross_attention=True, **options)  # fmt: skip
+        assert_contents(cache.cross_attention_cache, before)
+        assert not cache.is_updated.get(0, False)

@@ -10,7 +10,7 @@ from flax import nnx
 
 import lucid_jax as lj
 from lucid_jax.models import ModelConfig, Transformer
-from lucid_jax.models.evaluate import bits_per_byte, pack
+from lucid_jax.models.evaluate import Document, bits_per_byte, pack
 
 pytest.importorskip("tokenizers")
 
@@ -21,7 +21,6 @@ CODECS = lj.codecs
 def shipped():
     """The embedded model and a stretch of held-out text: model, stream, bytes."""
     from lucid_jax.models import load_model
-    from lucid_jax.models.corpus import Document
 
     model, tokenizer = load_model()
     text = (
@@ -52,6 +51,8 @@ def test_codecs_cost_little(shipped, plain, codec, percent):
     assert abs(bits / plain - 1) <= percent / 100
 
 
+@pytest.mark.exhaustive
+@pytest.mark.drawn
 def test_chunks_change_nothing_unless_tokens_are_evicted(shipped):
     """The cache sees the same tokens."""
     spec = lj.Sliding(40, sinks=2, codec=CODECS.Int8())
@@ -59,6 +60,7 @@ def test_chunks_change_nothing_unless_tokens_are_evicted(shipped):
     assert bits_per_byte(*shipped, 128, cache=spec, chunk=24) == pytest.approx(whole, rel=1e-5)
 
 
+@pytest.mark.exhaustive
 def test_eviction_by_age_is_a_window(shipped):
     """Compacting to the latest 40 before each chunk costs what forgetting them costs."""
 
@@ -80,6 +82,8 @@ def test_too_small_a_cache_is_an_error_and_not_a_score(shipped):
         bits_per_byte(*shipped, 128, cache=lj.Static(100), chunk=64)
 
 
+@pytest.mark.exhaustive
+@pytest.mark.drawn
 def test_places_keep_far_text_sound(shipped):
     """Past the trained 512 positions, sinks and a window by place still predict."""
     model, stream, size = shipped

@@ -1,9 +1,11 @@
 """Cache states on disk: everything comes back bit for bit, and nothing else comes back at all."""
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,23 +17,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lucid_jax as lj
-from lucid_jax import files, sealed
-from lucid_jax.files import CacheFileError, load, save
+from lucid_jax.cache.codecs import Form, Raw
+from lucid_jax.decode import prompt_files
+from lucid_jax.io import checked_file, files
+from lucid_jax.io.files import CacheFileError, load, save
 
-from .helpers import assert_same, make, queries, tokens
+from .fixtures.record_files import prompt_model
+from .helpers import assert_same, make, more_layouts, queries, tokens
 
 CODECS = {
     "identity": lj.codecs.Identity(),
+    "bits": lj.codecs.Bits(),
     "int8": lj.codecs.Int8(rotate=True),
     "float8": lj.codecs.Float8(),
     "int4": lj.codecs.Int4(group=np.int64(1)),
     "kivi": lj.codecs.KIVI(group=4, residual=4, rotate=True),
+    "simulated": lj.codecs.Simulated(lj.codecs.Int8(rotate=True)),
 }
 LAYOUTS = {
     "static": lambda codec: lj.Static(20, codec=codec),
     "dynamic": lambda codec: lj.Dynamic(codec=codec),
     "grown": lambda codec: lj.Dynamic(codec=codec),
     "sliding": lambda codec: lj.Sliding(9, sinks=3, slack=2, codec=codec),
+    **more_layouts(20),
 }
 
 
@@ -107,6 +115,37 @@ def test_life_goes_on(tmp_path, layout, count, codec, ragged):
     assert_goes_on(loaded, state)
 
 
+V1 = Path(__file__).parent / "fixtures" / "files_v1"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_files_of_version_1_still_load(tmp_path, dtype):
+    """Then narrow floats were stored as integers; see fixtures/record_files.py."""
+    state = load(V1 / f"{dtype}.safetensors")
+    expected = np.load(V1 / f"{dtype}.npz")
+    for index, layer in enumerate(state.layers):
+        for name, got in zip(("key", "value"), lj.get(state, index), strict=False):
+            assert got.dtype == layer.dtype == dtype
+            np.testing.assert_array_equal(
+                np.asarray(got).view(np.uint8), expected[f"{name}{index}"]
+            )
+    assert state.layers[0].key.dtype == dtype
+    save(tmp_path / "state", state)
+    assert_equal(load(tmp_path / "state"), state)
+    key = safetensors.numpy.load_file(tmp_path / "state")["layers.0.key"]
+    assert key.dtype == dtype
+
+
+def test_prompts_of_version_1_still_load(monkeypatch):
+    """Also where decoders now store bits."""
+    monkeypatch.setattr(prompt_files, "_model_digest", lambda model: about["model"])
+    about = json.loads((V1 / "prompts" / "index.json").read_text())["about"]
+    prompts = lj.PromptCache.load(V1 / "prompts", prompt_model(), lj.Static(16), max_bytes=1 << 20)
+    assert prompts.lookup([*range(1, 10)]) == 8
+    with jax.numpy_dtype_promotion("standard"):  # flax's RMSNorm mixes bfloat16 and float32
+        assert prompts.prefill([[*range(1, 10)]]).reused == (8,)
+
+
 def test_layers_that_differ_and_share(tmp_path):
     specs = [lj.Sliding(4), lj.Shared(0), lj.Static(8, codec=lj.codecs.Int8()), lj.Shared(2)]
     sizes = {"heads": [2, 2, 1, 1], "dim": [4, 4, 8, 8], "value_dim": [3, 3, 8, 8]}
@@ -155,7 +194,9 @@ def test_buffers_stay_free_to_donate(tmp_path, monkeypatch):
 def test_sharded_states_are_gathered(tmp_path):
     program = """
 import sys, jax, numpy as np, lucid_jax as lj
-from lucid_jax import files, sealed
+from lucid_jax.io import checked_file, files
+from lucid_jax.cache.codecs import Form, Raw
+from lucid_jax.decode import prompt_files
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 state = lj.init_cache(lj.Static(4), num_layers=1, batch_size=4, num_kv_heads=1, head_dim=2)
 tokens = np.arange(16, dtype=np.float32).reshape(4, 1, 2, 2)
@@ -212,7 +253,7 @@ def test_what_cannot_be_saved_or_found(tmp_path):
     lj.update(gone, *tokens(0, 2, 1), 0, donate=True)
     with pytest.raises(RuntimeError, match="donated"):
         save(target, gone)
-    with pytest.raises(CacheFileError, match=r"Identity, .*got Foreign\(\).*this package only"):
+    with pytest.raises(CacheFileError, match=r"Identity, .*got Foreign\(\).*codecs.register"):
         save(target, make(lj.Static(8, codec=Foreign())))
     for state in (
         jax.eval_shape(lambda: make()),
@@ -250,6 +291,41 @@ def test_a_failure_leaves_the_old_file(tmp_path, monkeypatch, step, error):
     assert_equal(load(tmp_path / "state"), state)
 
 
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o400, 0o666])
+def test_a_file_keeps_its_mode(tmp_path, mode):
+    """A private file stays private, while it is written too."""
+    state, target = make(), tmp_path / "state"
+    save(target, state)
+    target.chmod(mode)
+    modes = []
+    with checked_file.replacing(target) as temporary:
+        modes.append(temporary.stat().st_mode & 0o777)
+        temporary.write_bytes(target.read_bytes())
+    save(target, scribbled(state))
+    modes.append(target.stat().st_mode & 0o777)
+    assert modes == [0o600, mode]
+    assert_equal(load(target), scribbled(state))
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["named file exists", "dangling"])
+def test_a_symbolic_link_is_followed(tmp_path, there):
+    """The link stays, through a second link and another folder too; its target is replaced."""
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    if there:
+        save(folder / "state", make())
+        (folder / "state").chmod(0o600)
+    (tmp_path / "link").symlink_to("elsewhere/state")
+    (tmp_path / "again").symlink_to("link")
+    state = scribbled(make())
+    save(tmp_path / "again", state)
+    assert (tmp_path / "again").is_symlink() and (tmp_path / "link").is_symlink()
+    assert os.listdir(folder) == ["state"] and not (folder / "state").is_symlink()
+    assert_equal(load(folder / "state"), state)
+    if there:
+        assert (folder / "state").stat().st_mode & 0o777 == 0o600
+
+
 # --- what is no file of ours -----------------------------------------------------------------------
 
 
@@ -277,7 +353,7 @@ def resealed(content, *, config=None, text=None, tensors=None, seal=True, **meta
     header["config"] = header["config"] if text is None else text(header["config"])
     parts = parts if tensors is None else tensors(parts)
     if seal:
-        header["sha256"] = sealed.digest(header["config"], parts)
+        header["sha256"] = checked_file.digest(header["config"], parts)
     changed = {**header, **metadata}
     return safetensors.numpy.save(parts, {k: v for k, v in changed.items() if v is not None})
 
@@ -373,7 +449,8 @@ EDITS = [
     (lambda config: layer(slots=9)(spec(capacity=9)(config)), r"be I8 \(2, 2, 9, 4\)"),
     (spec(codec=NONE), "tensors are not those"),
     (spec(codec={"class": "Float8", "rotate": False}), "key.codes to be U8"),
-    (spec(codec={"class": "os.system"}), "one of Identity, Int8"),
+    (spec(codec={"class": "Simulated", "inner": {"class": "Simulated"}}), "inner to be one of"),
+    (spec(codec={"class": "os.system"}), "one of Identity, Bits"),
     (spec(codec=KIVI), "track=True, and so compact, needs"),
     (layer(spec={"class": "Chunk"}), "one of Static, Dynamic, Sliding"),
     (layer(spec=DYNAMIC, slots=96), "expected 64 slots"),
@@ -410,7 +487,7 @@ def test_forged_parts(saved):
     _, content, path = saved
     for metadata, match in [
         ({"format": None}, "not a lucid_jax cache file: .* got None; name a file"),
-        ({"version": "2"}, "expected format version 1, got '2'; .*update the package"),
+        ({"version": "3"}, "expected format version 2, got '3'; .*update the package"),
         ({"sha256": None}, "expected metadata"),
     ]:
         refused(path, resealed(content, **metadata), match)
@@ -446,5 +523,77 @@ def test_no_rotation_is_built_for_a_file(tmp_path, monkeypatch):
     save(path, make(lj.Static(1, codec=lj.codecs.Int8()), dim=96))
     rotated = spec(codec={"class": "Int8", "rotate": True})
     path.write_bytes(resealed(path.read_bytes(), config=rotated))
-    monkeypatch.setattr("lucid_jax.cache.forms.hadamard", None)
+    monkeypatch.setattr("lucid_jax.cache.codecs.rotation.hadamard", None)
     assert load(path).layers[0].spec.codec.rotate
+
+
+# --- codecs and layouts of one's own -------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class TopHalf(Form):
+    """The upper 16 bits of float32 tokens."""
+
+    def encode(self, tokens):
+        bits = jax.lax.bitcast_convert_type(tokens.astype(jnp.float32), jnp.uint32)
+        return (bits >> 16).astype(jnp.uint16)
+
+    def decode(self, stored):
+        bits = stored.astype(jnp.uint32) << 16
+        return jax.lax.bitcast_convert_type(bits, jnp.float32).astype(self.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Truncated(lj.codecs.Codec):
+    """Keys whole or by their upper halves, values by these."""
+
+    keys: bool = True
+
+    def forms(self, dtype, head_dim, value_head_dim):
+        key = TopHalf(dtype, head_dim) if self.keys else Raw(dtype, head_dim)
+        return key, TopHalf(dtype, value_head_dim)
+
+
+@pytest.fixture
+def truncated(monkeypatch):
+    """The codec above, registered for one test."""
+    monkeypatch.setitem(lj.codecs.CODECS, "Truncated", Truncated)
+
+
+@pytest.mark.parametrize("layout", ["static", "sliding"])
+def test_a_codec_from_outside(tmp_path, truncated, layout):
+    """A form for keys, one for values: verbs, attention, files and exported functions take it."""
+    spec = LAYOUTS[layout](Truncated())
+    state, exact = lived(spec, 14), lived(LAYOUTS[layout](lj.codecs.Identity()), 14)
+    assert state.layers[0].key.dtype == jnp.uint16
+    for x, y in zip(lj.get(state, 0)[:2], lj.get(exact, 0)[:2], strict=True):
+        np.testing.assert_allclose(x, y, rtol=2**-7)
+    query = queries(0, 2, 1)
+    out = lj.attend(state, query, 0)
+    assert 0 < np.abs(out - lj.attend(exact, query, 0)).max() < 0.05
+    save(tmp_path / "state", state)
+    assert_equal(load(tmp_path / "state"), state)
+    exported = jax.export.export(jax.jit(lambda state: lj.attend(state, query, 0)))(state)
+    read = jax.export.deserialize(exported.serialize())
+    np.testing.assert_array_equal(read.call(state), out)
+
+
+def test_what_files_cannot_name_says_how(tmp_path, truncated):
+    """Another class of a name that is taken, one that is not registered, fields that are not counts."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Scaled(Truncated):
+        by: float = 1.0
+
+    with pytest.raises(ValueError, match="there is a codec 'Int8' already"):
+        lj.codecs.register(type("Int8", (Truncated,), {}))
+    assert lj.codecs.register(Truncated) is Truncated  # again, as a notebook's cell does
+    state = make(lj.Static(4, Scaled()))
+    with pytest.raises(CacheFileError, match=r"codecs\.register"):
+        save(tmp_path / "state", state)
+    lj.codecs.register(Scaled)
+    try:
+        with pytest.raises(CacheFileError, match=r"annotated int, bool or Codec, got by: .*float"):
+            save(tmp_path / "state", state)
+    finally:
+        del lj.codecs.CODECS["Scaled"]

@@ -12,9 +12,12 @@ from flax import nnx
 
 import lucid_jax as lj
 from lucid_jax.decode import Sampling, generate, generate_uncached, stream, stream_uncached
-from lucid_jax.decode import generation as module
-from lucid_jax.decode.graph import split
+from lucid_jax.decode.language_model import split
+from lucid_jax.decode.options import DecodeOptions
+from lucid_jax.decode.prefill import open_cache
+from lucid_jax.decode.token_loop import LoopSetup, TokenLoop, decode_tokens
 from lucid_jax.models import T5, ModelConfig, T5Config, Transformer
+from tests.helpers import USERS_XLA
 
 PROMPTS = [[1, 2, 3], list(range(5, 24)), [4]]
 SAMPLED = Sampling(1.0, top_k=20, top_p=0.9, min_p=0.01, repetition_penalty=1.2)
@@ -160,19 +163,19 @@ def test_structures_are_one_object_while_in_use():
 
 def test_one_compile_on_a_static_cache(model):
     """256 tokens are one program, however many calls the stream is cut into."""
-    before = module._decode._cache_size()
+    before = decode_tokens._cache_size()
     generate(model, [[1, 2]], max_new_tokens=256)
-    assert module._decode._cache_size() == before + 1
+    assert decode_tokens._cache_size() == before + 1
     for _ in stream(model, [[1, 2]], max_new_tokens=256):
         pass
-    assert module._decode._cache_size() == before + 1
+    assert decode_tokens._cache_size() == before + 1
 
 
 def test_logarithmic_compiles_on_a_dynamic_cache(model):
     """256 tokens from one compile at most ceil(log2(256)) + 2 programs."""
-    before = module._decode._cache_size()
+    before = decode_tokens._cache_size()
     result = generate(model, [[1]], max_new_tokens=256, cache=lj.Dynamic())
-    assert module._decode._cache_size() - before <= 8 + 2
+    assert decode_tokens._cache_size() - before <= 8 + 2
     assert lj.capacity(result.cache) == 256
 
 
@@ -183,7 +186,7 @@ def test_the_loop_has_no_buffer_sized_temporaries(model, batch):
     def temporaries(capacity):
         state = model.init_cache(lj.Static(capacity), batch, ragged=True)
         zero = jnp.zeros(batch, jnp.int32)
-        loop = module._Loop(
+        loop = TokenLoop(
             cache=state,
             token=zero,
             done=zero > 0,
@@ -193,9 +196,10 @@ def test_the_loop_has_no_buffer_sized_temporaries(model, batch):
             seen=None,
             key=jax.random.key(0),
         )
-        graph, params = split(model)
-        lowered = module._decode.lower(graph, params, loop, np.int32(64), Sampling(), (0,))
-        return lowered.compile().memory_analysis().temp_size_in_bytes
+        structure, params = split(model)
+        setup = LoopSetup(structure, Sampling(), (0,))
+        lowered = decode_tokens.lower(setup, params, loop, np.int32(64))
+        return lowered.compile(USERS_XLA).memory_analysis().temp_size_in_bytes
 
     small, large = temporaries(1024), temporaries(65536)
     assert large <= small + 1024
@@ -218,6 +222,45 @@ def test_bfloat16_decodes():
         result = generate(half, [[1, 2, 3]], max_new_tokens=6)
     assert result.lengths.tolist() == [6]
     assert result.cache.layers[0].dtype == jnp.bfloat16
+
+
+@pytest.fixture(scope="module")
+def half():
+    """A small bfloat16 model."""
+    config = ModelConfig(vocab_size=32, hidden_size=16, num_attention_heads=2, num_hidden_layers=1)
+    return Transformer(config, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+
+
+DECODERS = {
+    "generate": lambda model, **options: (
+        generate(model, [[1, 2]], max_new_tokens=2, **options).cache
+    ),
+    "prompt cache": lambda model, cache=None: (
+        lj.PromptCache(model, cache or lj.Static(64), max_bytes=1 << 20, chunk=2)
+        .prefill([[1, 2, 3]])
+        .cache
+    ),
+    "beam_search, speculate": lambda model, cache=None: open_cache(
+        model, DecodeOptions.of(max_new_tokens=2, cache=cache), 1, 2
+    )[0],
+}
+
+
+@pytest.mark.parametrize("decode", DECODERS.values(), ids=DECODERS)
+def test_decoders_store_narrow_floats_in_place(half, decode):
+    """As bits on CPU, where no codec was asked for, whatever the layout."""
+    chosen = lj.codecs.Bits() if jax.default_backend() == "cpu" else lj.codecs.Identity()
+    with jax.numpy_dtype_promotion("standard"):  # flax's RMSNorm mixes bfloat16 and float32
+        for cache, codec in (
+            (lj.Static(64), chosen),
+            ([lj.Dynamic()], chosen),
+            (lj.Static(64, lj.codecs.Int8()), lj.codecs.Int8()),
+        ):
+            (layer,) = decode(half, cache=cache).layers
+            assert layer.packing.codec == layer.spec.codec == codec
+            assert type(layer.spec) is type(cache[0] if isinstance(cache, list) else cache)
+        (layer,) = decode(half).layers
+        assert layer.packing.codec == chosen
 
 
 @pytest.mark.parametrize(
@@ -287,10 +330,27 @@ def test_the_order_of_stop_tokens_compiles_nothing(model):
     """Nor do repeats or NumPy's integers."""
     options = {"max_new_tokens": 9, "cache": lj.Static(10)}
     generate(model, [[1, 2]], stop_tokens=[3, 5], **options)
-    before = module._decode._cache_size()
+    before = decode_tokens._cache_size()
     for stops in ([5, 3], [3, 3, 5], np.array([5, 3])):
         generate(model, [[1, 2]], stop_tokens=stops, **options)
-    assert module._decode._cache_size() == before
+    assert decode_tokens._cache_size() == before
+
+
+@pytest.mark.parametrize("length", [3, 250, 300])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=str)
+def test_the_default_cache_has_room_for_prompt_and_new_tokens(model, half, length, dtype):
+    """Prefilled at the size of the prompt, then enlarged: as if it had been so large from the start."""
+    one = half if dtype == jnp.bfloat16 else model
+    prompt = np.random.default_rng(length).integers(0, 32, length).tolist()
+    with jax.numpy_dtype_promotion("standard"):  # flax's RMSNorm mixes bfloat16 and float32
+        result = generate(one, [prompt, [1, 2]], max_new_tokens=260)
+        options = {"max_new_tokens": 260, "cache": lj.Static(length + 259)}
+        assert result.rows() == generate(one, [prompt, [1, 2]], **options).rows()
+    capacity = 512 if length < 253 else 1024
+    for layer in result.cache.layers:
+        assert isinstance(layer.spec, lj.Static) and layer.capacity == capacity
+        assert layer.dtype == dtype and layer.num_slots == capacity
+    assert lj.seq_length(result.cache).tolist() == [length + 259, 261]
 
 
 def test_exactly_enough_capacity(model):

@@ -1,10 +1,11 @@
 """Laws every layout and codec keep, in every combination, aligned or ragged.
 
-A new layout, or a new codec, is one line below.
+A new layout is one line in the registry, a new codec one below.
 """
 
 import functools
 import itertools
+import random
 
 import chex
 import jax
@@ -14,40 +15,66 @@ import pytest
 
 import lucid_jax as lj
 from lucid_jax.attention.dense import dot_product
-from tests.helpers import D, H, assert_same, make, poison, queries, snapshot, stored, tokens
-
-# A spec that holds a given number of tokens, with a codec; rolls back 3, takes chunks of 4.
-LAYOUTS = {
-    "static": lambda capacity, codec: lj.Static(capacity, codec),
-    "dynamic": lambda capacity, codec: lj.Dynamic(codec),
-    "sliding": lambda capacity, codec: lj.Sliding(max(9, capacity // 2), 2, 3, codec),
-}
+from tests.helpers import (
+    LAYOUTS,
+    SEED,
+    USERS_XLA,
+    D,
+    H,
+    assert_same,
+    make,
+    poison,
+    queries,
+    snapshot,
+    stored,
+    tokens,
+)
 
 # A codec, the dtype stored with it, and how far a token may come back changed.
 CODECS = {
     "identity": (lj.codecs.Identity(), jnp.float32, 0),
     "bfloat16": (lj.codecs.Identity(), jnp.bfloat16, 0),
+    "bits": (lj.codecs.Bits(), jnp.bfloat16, 0),
     "int8": (lj.codecs.Int8(), jnp.bfloat16, 0.03),
     "fp8": (lj.codecs.Float8(), jnp.float32, 0.2),
     "int4": (lj.codecs.Int4(rotate=True), jnp.float32, 0.3),
     "kivi": (lj.codecs.KIVI(group=4, residual=3), jnp.float32, 0.3),
+    "simulated": (lj.codecs.Simulated(lj.codecs.KIVI(group=4, residual=3)), jnp.float32, 0.3),
 }
 
 B = 2
 SPLITS = [(3, 1, 5), (1, 3, 1, 1, 3), (1,) * 9]
 
 
-# Every combination runs in CI; the everyday run takes the hardest pairs.
-EVERYDAY = {("static", "identity"), ("sliding", "bfloat16"), ("sliding", "kivi")}
-COMBINATIONS = [
-    pytest.param(pair, id="-".join(pair), marks=() if pair in EVERYDAY else pytest.mark.exhaustive)
-    for pair in itertools.product(LAYOUTS, CODECS)
-]
+# The everyday run takes the hardest pairs, with rows of one kind. CI takes the other kind too, and all
+# pairs that its seed draws.
+EVERYDAY = {
+    ("static", "bfloat16"), ("sliding", "bits"), ("sliding", "kivi"),
+    *((layout, "identity") for layout in LAYOUTS if layout not in ("dynamic", "sliding")),
+}  # fmt: skip
 
 
-@pytest.fixture(params=COMBINATIONS)
+def draw_pairs(seed):
+    """Some pairs of layout and codec: each layout and each codec is in at least one."""
+    draw = random.Random(seed)
+    layouts, codecs = (draw.sample(list(names), len(names)) for names in (LAYOUTS, CODECS))
+    count = max(len(layouts), len(codecs))
+    return {(layouts[i % len(layouts)], codecs[i % len(codecs)]) for i in range(count)}
+
+
+def _combinations():
+    drawn, draw = draw_pairs(SEED), random.Random(SEED)
+    for pair in itertools.product(LAYOUTS, CODECS):
+        everyday = draw.choice(["aligned", "ragged"])
+        for rows in ("aligned", "ragged"):
+            marks = () if pair in EVERYDAY and rows == everyday else (pytest.mark.exhaustive,)
+            if pair in EVERYDAY | drawn:
+                yield pytest.param((*pair, rows), id="-".join((*pair, rows)), marks=marks)
+
+
+@pytest.fixture(params=_combinations())
 def combination(request):
-    """The names of the layout and codec under test."""
+    """The names of the layout and codec under test, and "aligned" or "ragged"."""
     return request.param
 
 
@@ -69,10 +96,18 @@ def new(combination):
     return build
 
 
-@pytest.fixture(params=[False, True], ids=["aligned", "ragged"])
-def empty(new, request):
+@pytest.fixture
+def empty(new, combination):
     """The same, rows advancing together or alone."""
-    return functools.partial(new, ragged=request.param)
+    return functools.partial(new, ragged=combination[2] == "ragged")
+
+
+def test_every_run_draws_every_layout_and_codec_and_many_runs_every_pair():
+    drawn = [draw_pairs(seed) for seed in range(100)]
+    for pairs in drawn:
+        assert [{*names} for names in zip(*pairs, strict=True)] == [{*LAYOUTS}, {*CODECS}]
+    assert set().union(*drawn) == {*itertools.product(LAYOUTS, CODECS)}
+    assert draw_pairs(3) == draw_pairs(3) != draw_pairs(4)
 
 
 def _tokens(state, seed, count, batch=B):
@@ -198,7 +233,7 @@ def test_nan_in_slots_that_are_not_live_never_comes_out(empty):
     clean = _used(empty)
     spoilt = poison(clean)
     layer = spoilt.layers[0]
-    raw = layer.packing.forms[1].decode(layer.value)
+    raw = layer.packing.forms["value"].decode(layer.value)
     assert np.isnan(np.asarray(raw, np.float32)).any()  # the poison is really there
     assert_same(clean, spoilt)
     for a, b in zip(later(clean), later(spoilt), strict=True):
@@ -242,8 +277,9 @@ def test_jitted_eager_and_donated_calls_agree(empty, call):
     eager = call(state, False)
     for old, new in zip(before[0], snapshot(state)[0], strict=True):
         np.testing.assert_array_equal(old, new)
-    assert_same(eager, jax.jit(functools.partial(call, donate=False))(state))
-    assert_same(eager, call(state, True))
+    jitted = jax.jit(functools.partial(call, donate=False))(state)
+    assert_same(eager, jitted)
+    assert_same(jitted, call(state, True))  # which takes buffers that `eager` may share
 
 
 def test_a_donated_state_is_reused_in_place_and_then_refused(empty, call):
@@ -289,6 +325,59 @@ def test_key_and_value_never_share_a_buffer(empty):
     """Every leaf has its own memory from the start, or donation would fail."""
     leaves = jax.tree.leaves(empty(layers=2, value_dim=D))
     assert len({leaf.unsafe_buffer_pointer() for leaf in leaves}) == len(leaves)
+
+
+# --- gradients -----------------------------------------------------------------------------------
+
+CARRIES = {"identity", "bfloat16", "simulated"}  # whose leaves carry the gradients of their tokens
+
+
+def _by_scan(state, key, value):
+    """Token by token in a compiled loop."""
+
+    def step(state, new):
+        return lj.update(state, *(x[:, :, None] for x in new), 0), None
+
+    return jax.lax.scan(step, state, [jnp.moveaxis(x, 2, 0) for x in (key, value)])[0]
+
+
+STORES = {
+    "update": lambda state, key, value: lj.update(state, key, value, 0),
+    "extend": lambda state, key, value: lj.extend(state, queries(0, B, 9), key, value, 0)[1],
+    "jit": jax.jit(lambda state, key, value: lj.update(state, key, value, 0)),
+    "scan": _by_scan,
+    "checkpoint": jax.checkpoint(lambda state, key, value: lj.update(state, key, value, 0)),
+}
+
+
+@pytest.mark.parametrize("store", STORES.values(), ids=STORES)
+def test_gradients_of_what_is_read_reach_the_tokens_or_are_refused(empty, codec, store):
+    """Each number read is its token's, rounded or not; never is a gradient silently zero."""
+    state = empty()
+    key, value = _tokens(state, 0, 9)
+    weights = [jnp.asarray(x, jnp.float32) for x in tokens(1, B, 9)]
+
+    def read(key, value):
+        *got, valid = lj.get(store(state, key, value), 0)
+        # The latest are at the end, whatever a window has dropped.
+        end = jnp.max(jnp.sum(valid, axis=-1, dtype=jnp.int32))
+        last = [jax.lax.dynamic_slice_in_dim(x, end - 5, 5, axis=2) for x in got]
+        return sum(
+            jnp.sum(x.astype(jnp.float32) * w[:, :, 4:]) for x, w in zip(last, weights, strict=True)
+        )
+
+    if codec not in CARRIES:
+        for argnum in (0, 1):
+            with pytest.raises(TypeError, match=r"gradient cannot be stored by \w+\(.*codecs\."):
+                jax.grad(read, argnum)(key, value)
+        key, value = (jax.lax.stop_gradient(x) for x in (key, value))
+        assert np.isfinite(read(key, value))
+        return
+    for got, weight, new in zip(
+        jax.grad(read, (0, 1))(key, value), weights, (key, value), strict=True
+    ):
+        expected = jnp.zeros_like(weight).at[:, :, 4:].set(weight[:, :, 4:]).astype(new.dtype)
+        np.testing.assert_array_equal(np.asarray(got, np.float32), np.asarray(expected, np.float32))
 
 
 # --- transformations -----------------------------------------------------------------------------
@@ -360,6 +449,44 @@ def test_configuration_survives_moving_and_the_next_update_works(empty, move):
     assert lj.capacity(moved) == lj.capacity(state)
 
 
+def _every_verb(state, integers):
+    """What comes of a state that every verb had a hand in; row numbers come from `integers`."""
+    query = jnp.asarray(queries(0, B, 2))
+    out, state = lj.extend(_fill(state, 3), query, *_tokens(state, 1, 2), 0)
+    if _takes_places(state):
+        state = lj.update(state, *_tokens(state, 2, 1), 0, cache_position=integers([1]))
+    state = lj.crop(lj.rollback(state, integers(1)), integers(4))
+    state = lj.reorder(lj.select(state, integers([1, 1])), integers([1, 0]), since=integers(2))
+    if state.ragged:
+        one = lj.extract(state, integers(0))
+        state = lj.concat([lj.insert(state, integers([1]), one), lj.repeat_interleave(one, 2)])
+        state = lj.select(lj.free(state, integers([2])), integers([1, 3]))
+        state = _fill(state, 2, lengths=integers([2, 1]))
+    if isinstance(state.layers[0].spec, (lj.Static, lj.Dynamic)) and _takes_places(state):
+        scores = jnp.arange(lj.capacity(state), dtype=jnp.float32)
+        scores = jnp.broadcast_to(scores, (B, H, lj.capacity(state)))
+        live = lj.valid(state)[None] if not state.ragged else lj.valid(state)
+        scores = jnp.where(live[:, None], scores, -jnp.inf)
+        state = lj.compact(state, lj.scoring.keep_best(scores, 2), 0)
+    state = _fill(state, 1)
+    seen = lj.attend(state, query[:, :, :1], 0, return_lse=True)
+    asked = (lj.positions(state, 2), lj.stored_positions(state), lj.overflowed(state))
+    return state, (out, seen, asked)
+
+
+def test_every_verb_does_the_same_where_jax_counts_in_64_bits(empty):
+    """No counter turns to int64 on the way, nor does a loop over int32 meet one."""
+    run = jax.jit(_every_verb, static_argnums=1)
+    expected = run(empty(), lambda x: jnp.asarray(x, jnp.int32))
+    start = empty()
+    with jax.enable_x64(True):
+        got = run(start, lambda x: jnp.asarray(x, jnp.int64))
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_allclose(np.float64(a), np.float64(b), rtol=1e-5, atol=1e-5)
+
+
 def test_vmap_over_stacked_states_is_each_state_by_itself(empty):
     """A leading axis of states maps like any other pytree, at different lengths too."""
     states = [_fill(empty(), n, seed=n) for n in (2, 5, 7)]
@@ -405,8 +532,10 @@ def test_scan_and_while_loop_carry_a_state(empty):
 
 
 @pytest.mark.parametrize("loop", ["scan", "while"])
-def test_a_compiled_loop_body_makes_no_copy_of_the_buffers(empty, loop):
+def test_a_compiled_loop_body_makes_no_copy_of_the_buffers(empty, codec, loop):
     """Temporaries of a donated loop stay far below one buffer."""
+    if codec == "bfloat16" and jax.default_backend() == "cpu":
+        pytest.skip("the one exemption: XLA on CPU rewrites plain bfloat16 whole; there is Bits")
     state = empty(capacity=2048, batch=4, dim=64, value_dim=64)
     one = jnp.ones((4, H, 1, 64), state.layers[0].dtype)
 
@@ -418,7 +547,7 @@ def test_a_compiled_loop_body_makes_no_copy_of_the_buffers(empty, loop):
             return jax.lax.scan(lambda s, _: (step(s), None), state, length=9)[0]
         return jax.lax.while_loop(lambda s: jnp.all(lj.seq_length(s) < 9), step, state)
 
-    compiled = jax.jit(run, donate_argnums=0).lower(state).compile()
+    compiled = jax.jit(run, donate_argnums=0).lower(state).compile(USERS_XLA)
     buffer = sum(leaf.nbytes for leaf in jax.tree.leaves(state.layers[0].key))
     assert compiled.memory_analysis().temp_size_in_bytes < buffer / 8
 
@@ -437,3 +566,93 @@ def test_ragged_rows_advance_alone(new, codec):
             assert np.abs(got - sent).max() <= CODECS[codec][2] * np.abs(sent).max()
     assert lj.seq_length(state).tolist() == [5, 3, 2]
     assert lj.positions(state, 1)[:, 0].tolist() == [5, 3, 2]
+
+
+# --- what a call does not change -------------------------------------------------------------------
+
+
+COUNTING = {
+    "rollback": lambda s: lj.rollback(s, 2),
+    "reset": lj.reset,
+    "free": lambda s: lj.free(s, [0]) if s.ragged else lj.reset(s),
+}
+
+
+def _storage(state):
+    return [leaf for leaf in jax.tree.leaves(state) if leaf.ndim > 2]
+
+
+@pytest.mark.parametrize("verb", COUNTING)
+def test_verbs_that_only_count_copy_no_buffer(empty, verb):
+    """Called eagerly: the buffers are the old state's, which stays valid; only counters are new."""
+    state = _fill(empty(), 5)
+    before = snapshot(state)
+    live = sum(x.nbytes for x in jax.live_arrays())
+    new = COUNTING[verb](state)
+    counters = sum(x.nbytes for x in jax.tree.leaves(new) if x.ndim < 3)  # and constants, 64 bytes
+    assert sum(x.nbytes for x in jax.live_arrays()) - live <= counters + 64
+    assert all(a is b for a, b in zip(_storage(new), _storage(state), strict=True))
+    assert not {id(x) for x in jax.tree.leaves(new) if x.ndim < 3} & {
+        id(x) for x in jax.tree.leaves(state)
+    }
+    expected = jax.jit(COUNTING[verb])(state)
+    assert_same(new, expected)
+    # Either goes on by itself, where nobody donates.
+    assert_same(_fill(new, 3, seed=4), _fill(expected, 3, seed=4))
+    for a, b in zip(jax.tree.leaves(snapshot(state)), jax.tree.leaves(before), strict=True):
+        np.testing.assert_array_equal(a, b)
+    # Where somebody does, the other one says so, and never shows what was written since.
+    again = _fill(new, 3, seed=4, donate=True)
+    assert_same(again, _fill(expected, 3, seed=4))
+    with pytest.raises(RuntimeError, match="a state that shares its buffers"):
+        lj.get(state, 0)
+
+
+def test_crop_shares_rings_and_a_selection_shares_nothing():
+    """Rings are cropped by counting; rows that moved are a state of their own."""
+    state = _fill(make([lj.Sliding(4), lj.Static(8)], batch=B), 5)
+    ring, row = lj.crop(state, 2).layers
+    assert ring.key is state.layers[0].key and row.key is not state.layers[1].key
+    chosen = lj.select(state, [0, 1])
+    assert not {id(x) for x in jax.tree.leaves(chosen)} & {id(x) for x in jax.tree.leaves(state)}
+
+
+# --- the caller's order of axes --------------------------------------------------------------------
+
+
+def test_a_state_that_takes_tokens_first_is_the_same_state(empty):
+    """`axes="BTHD"`: whatever the chunks, bits and results are those of BHTD, axes swapped."""
+    plain, swapped = empty(), empty(axes="BTHD")
+    swap = functools.partial(jnp.swapaxes, axis1=1, axis2=2)
+
+    @jax.jit
+    def step(plain, swapped, query, key, value):
+        out, plain = lj.extend(plain, query, key, value, 0, return_lse=True)
+        got, swapped = lj.extend(swapped, swap(query), swap(key), swap(value), 0, return_lse=True)
+        return plain, swapped, out, got
+
+    def same(plain, swapped):
+        assert swapped.axes == "BTHD" and plain.axes == "BHTD"
+        assert_same(swapped.replace(axes="BHTD"), plain)
+        for a, b in zip(lj.get(swapped, 0)[:2], lj.get(plain, 0)[:2], strict=True):
+            np.testing.assert_array_equal(np.float32(a), np.float32(swap(b)))
+
+    for seed, count in enumerate((H, 1, 3)):  # as many tokens as heads: no shape tells them apart
+        query = jnp.asarray(queries(seed, B, count))
+        plain, swapped, out, got = step(plain, swapped, query, *_tokens(plain, seed, count))
+        for a, b in zip(out, got, strict=True):
+            np.testing.assert_array_equal(swap(a), b)
+    same(plain, swapped)
+    key, value = _tokens(plain, 5, 2)
+    query = queries(5, B, 2)
+    plain = lj.update(plain, key, value, 0)
+    swapped = lj.update(swapped, swap(key), swap(value), 0, donate=True)
+    out = lj.attend(plain, query, 0)
+    got = lj.attend(swapped, swap(query), 0, return_lse=True)
+    np.testing.assert_array_equal(swap(out), got[0])
+    np.testing.assert_array_equal(swap(out), lj.merge(*zip(got, strict=True))[0])
+    verbs = [lambda s: lj.crop(lj.rollback(s, 1), 4), lambda s: lj.select(s, [1, 1])]
+    if plain.ragged:
+        verbs += [lambda s: lj.insert(s, [1], lj.extract(s, 0)), lambda s: lj.concat([s, s])]
+    for verb in verbs:
+        same(verb(plain), verb(swapped))

@@ -706,3 +706,35 @@ def test_a_sharing_layer_attends_to_what_the_other_stored(first, by_place):
         close(out, expected)
         close(shared, expected)  # the same weights and input: the same queries and keys
         assert lj.seq_length(cache, 1).tolist() == lj.seq_length(alone).tolist()
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"mask": jnp.ones((1, 1, 1, 3), bool)}, ValueError),
+        ({"mask": jnp.ones((1, 1, 1, 1))}, TypeError),
+        ({"bias": jnp.ones((7,))}, ValueError),
+    ],
+)
+@pytest.mark.parametrize("written", [False, True])
+@pytest.mark.parametrize("kind", [nn.DynamicKVCache, lambda: nn.SlidingKVCache(4)])
+def test_a_bad_mask_is_refused_before_anything_is_stored(kind, written, options, error):
+    """A stateful cache is as it was."""
+    attention, cache = build(), kind()
+    if written:
+        attention(hidden(2), cache=cache)
+    before = contents(cache)
+    with pytest.raises(error, match=r"mask|bias"):
+        attention(hidden(1), cache=cache, **options)
+    assert_contents(cache, before)
+
+
+@pytest.mark.parametrize("cache", [None, "stateful", "pure"])
+def test_hidden_states_have_three_axes(cache):
+    """One sequence needs its batch axis, and so does the encoder's."""
+    attention = build()
+    caches = {None: None, "stateful": nn.DynamicKVCache(), "pure": pure(attention)}
+    with pytest.raises(ValueError, match=r"hidden must be \(batch, seq, width\).*hidden\[None\]"):
+        attention(hidden(3)[0], cache=caches[cache])
+    with pytest.raises(ValueError, match="encoder_hidden must be"):
+        attention(hidden(3), encoder_hidden=hidden(3)[0], is_cross_attention=True)

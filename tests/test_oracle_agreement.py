@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lucid_jax as lj
-from tests.helpers import make, queries, snapshot, tokens
-from tests.oracle import Codec, Oracle, Refused, Window
+from tests.helpers import make, more_layouts, queries, snapshot, tokens
+from tests.oracle import Arithmetic, Codec, Oracle, Refused, Window
 
 H, D, DV = 2, 2, 3
 EXAMPLES = hypothesis.settings().max_examples
@@ -33,6 +33,7 @@ class Layout:
     sliding: Window | None = None
     batches: tuple = (3,)  # sizes to move between: each has its own programs
     layers: int = 1
+    arithmetic: bool = False  # whether what is stored is what the layout's own functions say
 
 
 LAYOUTS = {
@@ -40,6 +41,8 @@ LAYOUTS = {
     "dynamic": Layout(lambda codec: lj.Dynamic(codec), 10, (1, 20), 70),
     "sliding": Layout(lambda codec: lj.Sliding(5, 2, 1, codec), 18, (1, 2, 8), 12, Window(5, 2, 1)),
     "ring": Layout(lambda codec: lj.Sliding(4, 0, 2, codec), 18, (1, 3, 8), 12, Window(4, 0, 2)),
+    **{name: Layout(new, 18, (1, 2, 8), 12, Arithmetic(new(lj.codecs.Identity())), arithmetic=True)
+       for name, new in more_layouts(5).items()},
 }  # fmt: skip
 
 CODECS = {
@@ -90,9 +93,14 @@ class Pair:
         self.models = [
             Oracle(batch=self.state.batch_size, heads=H, dim=D, value_dim=DV,
                    capacity=lj.capacity(self.state), growable=layout == "dynamic", ragged=ragged,
-                   sliding=self.layout.sliding, codec=_model_of(codec))
+                   sliding=self._sliding(), codec=_model_of(codec))
             for _ in range(self.layers)
         ]  # fmt: skip
+
+    def _sliding(self):
+        if not self.layout.arithmetic:
+            return self.layout.sliding
+        return Arithmetic(self.state.layers[0].spec)
 
     @property
     def batch(self):
@@ -273,7 +281,7 @@ def _drive(pair, data):
 
 @pytest.mark.parametrize("mode", ["eager", "donated", "jitted"])
 @pytest.mark.parametrize("ragged", [False, True], ids=["aligned", "ragged"])
-@pytest.mark.parametrize("layout", ["static", "dynamic", "sliding"])
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "ring"])
 @hypothesis.settings(max_examples=EXAMPLES // 2)
 @given(data=st.data())
 def test_any_sequence_of_operations_agrees_with_the_model(layout, ragged, mode, data):
@@ -292,6 +300,7 @@ def test_any_sequence_of_operations_agrees_with_the_model(layout, ragged, mode, 
     ("ring", "kivi", True, "eager"),
     ("sliding", "fp8", False, "donated"),
     ("sliding", "kivi", False, "jitted"),
+    *((layout, "kivi", True, "eager") for layout in more_layouts(5)),
 ])  # fmt: skip
 @hypothesis.settings(max_examples=EXAMPLES // 4)
 @given(data=st.data())

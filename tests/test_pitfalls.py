@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 
 import lucid_jax as lj
-from tests.helpers import H, assert_same, filled, make, poison, queries, stored, tokens
+from tests.helpers import USERS_XLA, H, assert_same, filled, make, poison, queries, stored, tokens
 from tests.oracle import Oracle
 
 B = 2
+
+pytestmark = pytest.mark.whole
 
 
 def _step(seed, batch=B):
@@ -279,7 +281,7 @@ def test_growth_is_geometric_not_by_concatenation():
 
 def _scratch(run, state):
     """Bytes of temporaries of `run` compiled with the state donated."""
-    compiled = jax.jit(run, donate_argnums=0).lower(state).compile()
+    compiled = jax.jit(run, donate_argnums=0).lower(state).compile(USERS_XLA)
     return compiled.memory_analysis().temp_size_in_bytes
 
 

@@ -12,11 +12,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import lucid_jax as lj
-from lucid_jax.cache.segments import cut, join
+from lucid_jax.cache.cut_and_join import cut, join
 from lucid_jax.decode import generate, prompt_cache
+from lucid_jax.decode.language_model import ModelStructure
 from lucid_jax.models import ModelConfig, Transformer
 
-from .helpers import filled, make, tokens
+from .helpers import filled, make, more_layouts, tokens
 
 TEXT = np.random.default_rng(0).integers(0, 64, 40).tolist()
 CHUNK = 8
@@ -32,6 +33,7 @@ LAYOUTS = {
     "static": lambda codec: lj.Static(60, codec),
     "dynamic": lambda codec: lj.Dynamic(codec),
     "sliding": lambda codec: lj.Sliding(19, sinks=3, slack=2, codec=codec),
+    **more_layouts(40),
 }
 SPECS = {
     f"{name}-{word}": layout(codec)
@@ -113,6 +115,16 @@ def test_a_segment_that_does_not_fit_is_refused():
 
 
 # --- reuse -----------------------------------------------------------------------------------------
+
+
+def test_generate_hashes_the_model_once(model, monkeypatch):
+    """For its own programs, and to see that the prompt cache is of this model."""
+    warm, hashed, plain = caching(model), [], ModelStructure.__init__
+    monkeypatch.setattr(
+        ModelStructure, "__init__", lambda self, given: hashed.append(given) or plain(self, given)
+    )
+    generate(model, [TEXT[:12]], max_new_tokens=2, prompt_cache=warm)
+    assert len(hashed) == 1
 
 
 @pytest.mark.parametrize("spec", specs("mixed", "sliding-kivi-odd"))

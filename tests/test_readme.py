@@ -9,6 +9,11 @@ import pytest
 
 README = Path(__file__).parents[1] / "README.md"
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", README.read_text("utf-8"), re.M | re.S)
+for index, block in enumerate(BLOCKS):
+    if not block.startswith("import"):  # it goes on from the one before
+        BLOCKS[index] = BLOCKS[index - 1] + block
+
+pytestmark = pytest.mark.whole
 
 
 def test_there_are_blocks():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import re
 import sys
 from xml.etree import ElementTree
 
@@ -13,9 +14,9 @@ from rich.console import Console
 
 import lucid_jax as lj
 from lucid_jax.models import ModelConfig
-from lucid_jax.planning import plan
-from lucid_jax.plots import plot_occupancy
-from lucid_jax.report import memory_report, state_html
+from lucid_jax.tools.planning import plan
+from lucid_jax.tools.plots import plot_occupancy
+from lucid_jax.tools.report import memory_report
 
 from .helpers import filled, make, tokens
 
@@ -94,7 +95,7 @@ def test_rows_count_by_their_own_length():
     (row,) = memory_report(state).rows
     assert (row.length, row.used, row.float16) == (6, 2 * 7 * FLOAT32, 2 * 7 * 2 * 7)
     assert row.reserved == 4 * 8 * FLOAT32 + 2 * COUNTERS
-    assert "1 to 6" in state_html(state)
+    assert "1 to 6" in state._repr_html_()
 
 
 def test_a_scale_counts_whole_while_one_of_its_group_is_read():
@@ -149,23 +150,72 @@ def test_reports_print_everywhere(reported):
 def test_a_name_is_never_markup():
     state = make([lj.Static(8, codec=Noted(note)) for note in ("<b>", "[bold]")])
     assert "Noted(note='[bold]')" in str(memory_report(state))
-    for html in (state_html(state), memory_report(state)._repr_html_()):
+    for html in (state._repr_html_(), memory_report(state)._repr_html_()):
         assert "&lt;b&gt;" in html and "<b>" not in html
 
 
 def test_html_of_a_state_has_every_layer():
     state = several()
-    rows = ElementTree.fromstring(state_html(state)).findall("./tbody/tr")
+    rows = ElementTree.fromstring(state._repr_html_()).findall("./tbody/tr")
     cells = [[cell.text or "" for cell in row] for row in rows]
     assert [row[0] for row in cells] == ["0", "1", "2", "3"]
     assert [row[1] for row in cells[1::2]] == ["reads layer 0"] * 2
     assert cells[2][1:6] == ["Sliding(window=4, sinks=2)", "Identity", "0", "6", "2 x 4 / 3"]
     lj.reset(state, donate=True)
-    assert ">donated<" in state_html(state)
-    assert ">shapes only<" in state_html(jax.eval_shape(make))
+    assert ">donated<" in state._repr_html_()
+    assert ">shapes only<" in jax.eval_shape(make)._repr_html_()
     seen = []
-    jax.jit(lambda traced: seen.append(state_html(traced)))(make())
+    jax.jit(lambda traced: seen.append(traced._repr_html_()))(make())
     assert ">traced<" in seen[0]
+
+
+def test_a_repr_has_one_line_for_layers_that_are_alike():
+    whole = repr(
+        lj.init_cache(lj.Static(8), num_layers=32, batch_size=1, num_kv_heads=1, head_dim=4)
+    )
+    assert whole.startswith("CacheState(32 x Contiguous(Static(capacity=8") and len(whole) < 160
+    assert "length=0)" in whole
+    mixed = [*[lj.Sliding(4)] * 5, lj.Static(8), *[lj.Sliding(4)] * 2, lj.Shared(5), lj.Shared(5)]
+    lines = repr(lj.update(make(mixed), *tokens(0, 2, 3), 1)).splitlines()
+    assert [re.split(" [CR]", line)[0].strip() for line in lines[1:4]] == [
+        "0, 2-4, 6-7: 6 x", "1:", "5:",
+    ]  # fmt: skip
+    assert "length=3)" in lines[2] and lines[4:] == ["    8-9: reads layer 5,", ")"]
+
+
+def texts(state):
+    return repr(state), state._repr_html_()
+
+
+@pytest.mark.parametrize("spec", [lj.Static(8, codec=KIVI), lj.Dynamic(), lj.Sliding(4)], ids=str)
+def test_a_state_shows_itself_whatever_its_leaves_are(spec):
+    state, *_ = filled(3, spec, ragged=True)
+    row = lj.update(state, *tokens(1, 2, 2), 0, lengths=[2, 0])
+    assert all("3 to 5" in text for text in texts(row) if spec != lj.Sliding(4))
+    seen = []
+
+    def look(state):
+        seen.extend(texts(state))
+        return state
+
+    jax.jit(look)(state)
+    jax.lax.scan(lambda s, _: (look(s), None), state, length=2)
+    jax.vmap(look)(jax.tree.map(lambda x: jnp.stack([x, x]), state))
+    assert seen and all("traced" in text for text in seen)
+    assert all("shapes only" in text for text in texts(jax.eval_shape(lambda: state)))
+    for leaf in (jax.sharding.PartitionSpec("x"), 3, np.float32(1), "text"):
+        other = jax.tree.map(lambda _, leaf=leaf: leaf, state)
+        assert all(f"leaves of {type(leaf).__name__}, D=4" in text for text in texts(other))
+    assert all("leaves of nothing" in x for x in texts(jax.tree.map(lambda _: None, state)))
+    mesh = jax.sharding.Mesh(jax.devices(), "x")
+    placed = jax.device_put(state, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+    assert all("3" in text for text in texts(placed))
+    assert all("3" in text for text in texts(jax.tree.map(np.asarray, state)))
+    inside = []
+    jax.jit(lambda x: inside.extend(texts(state)) or x)(1.0)
+    assert inside == [*texts(state)]
+    lj.update(state, *tokens(1, 2, 1), 0, donate=True)
+    assert all("donated" in text for text in texts(state))
 
 
 @pytest.mark.parametrize("reader", [memory_report, plot_occupancy])

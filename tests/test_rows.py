@@ -10,7 +10,18 @@ import pytest
 
 import lucid_jax as lj
 from lucid_jax.attention.dense import dot_product
-from tests.helpers import H, assert_same, make, poison, queries, snapshot, stored, tokens
+from tests.helpers import (
+    USERS_XLA,
+    H,
+    assert_same,
+    make,
+    more_layouts,
+    poison,
+    queries,
+    snapshot,
+    stored,
+    tokens,
+)
 
 SPECS = {
     "static": lj.Static(20),
@@ -20,6 +31,7 @@ SPECS = {
     "kivi": lj.Static(20, lj.codecs.KIVI(group=4, residual=2)),
     "sliding-kivi": lj.Sliding(8, 2, 3, lj.codecs.KIVI(group=4, residual=2)),
     "tracked": lj.Static(20, track=True),
+    **{name: new() for name, new in more_layouts(20).items()},
 }
 LENGTHS = [12, 3, 0, 7]
 
@@ -69,7 +81,7 @@ def test_insert_replaces_rows_and_nothing_else(spec, mode):
 
 def test_an_aligned_prompt_of_another_capacity_joins(spec):
     """What was prefilled alone, in a smaller or larger cache, is a row of the running batch."""
-    other = spec if isinstance(spec, lj.Sliding) else lj.Static(8, spec.codec, spec.track)
+    other = spec if not spec.bounded else lj.Static(8, spec.codec, spec.track)
     one = make(other, batch=1)
     one = lj.update(one, *tokens(2, 1, 7), 0)
     joined = lj.insert(_batch(spec), [2], one)
@@ -190,7 +202,7 @@ def test_moving_rows_compiles_once_and_makes_no_copy(compilations):
     large = make(lj.Static(4096), batch=4, ragged=True, dim=64, value_dim=64)
     new = make(lj.Static(4096), batch=1, ragged=True, dim=64, value_dim=64)
     run = jax.jit(lambda s, o: lj.insert(s, jnp.array([2]), o), donate_argnums=0)
-    scratch = run.lower(large, new).compile().memory_analysis().temp_size_in_bytes
+    scratch = run.lower(large, new).compile(USERS_XLA).memory_analysis().temp_size_in_bytes
     assert scratch < large.layers[0].key.nbytes / 8
 
 
@@ -356,7 +368,7 @@ def test_eviction_moves_only_what_is_stored_and_in_place():
     state = make(lj.Static(4096, track=True), batch=1, dim=64, value_dim=64)
     keep = jnp.arange(4096) % 2 == 0
     run = jax.jit(lambda s: lj.compact(s, keep, 0), donate_argnums=0)
-    scratch = run.lower(state).compile().memory_analysis().temp_size_in_bytes
+    scratch = run.lower(state).compile(USERS_XLA).memory_analysis().temp_size_in_bytes
     buffer = state.layers[0].key
     assert scratch < buffer.nbytes / 4
     pointer = buffer.unsafe_buffer_pointer()
@@ -479,7 +491,8 @@ def test_a_mixed_state_is_one_carry():
     def run(state):
         def step(state, _):
             for i in (0, 1, 3, 5):
-                new = (jnp.ones((2, HEADS[i], 1, n)) for n in (DIMS[i], VALUE_DIMS[i]))
+                sizes = ((2, HEADS[i], 1, n) for n in (DIMS[i], VALUE_DIMS[i]))
+                new = (jnp.ones(size, jnp.float32) for size in sizes)
                 state = lj.update(state, *new, i, lengths=jnp.array([1, 0]))
             return state, None
 

@@ -10,7 +10,7 @@ import pytest
 
 import lucid_jax as lj
 from lucid_jax.attention.dense import dot_product
-from tests.helpers import DV, D, H, assert_same, make, poison, queries, stored, tokens
+from tests.helpers import DV, USERS_XLA, D, H, assert_same, make, poison, queries, stored, tokens
 
 B, N = 2, 2 * H
 CODECS = {
@@ -28,7 +28,7 @@ LAYOUTS = {
 }
 aligned_or_ragged = pytest.mark.parametrize("ragged", [False, True], ids=["aligned", "ragged"])
 
-_extend = jax.jit(lj.extend, static_argnames=("layer_idx", "rope_theta"))
+_extend = jax.jit(lj.extend, static_argnames=("layer_idx", "rope_theta", "implementation"))
 
 
 def _seen(count, window, sinks=0, start=0):
@@ -62,7 +62,7 @@ def _close(got, expected):
     ((1,), 2), ((7, 1), 2), ((12,), 0), ((12,), 2), ((64,), 0), ((64,), 2),
 ], ids=str)  # fmt: skip
 @aligned_or_ragged
-def test_after_many_wraps_it_equals_masked_full_attention(pattern, sinks, ragged):
+def test_after_many_wraps_it_equals_masked_full_attention(pattern, sinks, ragged, each_backend):
     """In every chunking, and in the same bytes throughout; rows of a batch may differ in length."""
     count, window = 64, 5
     rows = np.array([64, 41] if ragged else [64, 64])
@@ -75,7 +75,8 @@ def test_after_many_wraps_it_equals_masked_full_attention(pattern, sinks, ragged
     for begin, size in _split(count, pattern):
         new = [x[:, :, begin : begin + size] for x in (query, key, value)]
         lengths = np.clip(rows - begin, 0, size) if ragged else None
-        out, state = _extend(state, *new, layer_idx=0, lengths=lengths)
+        options = {"lengths": lengths, "implementation": each_backend}
+        out, state = _extend(state, *new, layer_idx=0, **options)
         assert lj.nbytes(state) == size_at_first
         outs.append(out)
     expected = np.array(_dense(query, key, value, _seen(count, window, sinks)))
@@ -294,7 +295,7 @@ def _large(window, codec):
 
 
 def _one(count=1):
-    return jnp.ones((1, 2, count, 16))
+    return jnp.ones((1, 2, count, 16), jnp.float32)
 
 
 def _append(state):
@@ -335,7 +336,7 @@ def test_temporaries_do_not_grow_with_the_window(program, codec):
     scratch = []
     for window in (64, 65536):
         state = _large(window, CODECS[codec])
-        compiled = jax.jit(program, donate_argnums=0).lower(state).compile()
+        compiled = jax.jit(program, donate_argnums=0).lower(state).compile(USERS_XLA)
         scratch.append(compiled.memory_analysis().temp_size_in_bytes)
     blocks = 0 if program in (_append, _chunk, _speculate) else 128 * 1024  # attention's own
     assert scratch[1] <= scratch[0] + 1024 + blocks
@@ -347,7 +348,7 @@ def test_a_donated_append_copies_no_buffer_and_stays_where_it_is(codec):
     """The compiled program has no copy as large as a buffer, and addresses do not change."""
     state = _large(1024, CODECS[codec])
     slots = state.layers[0].num_slots
-    text = jax.jit(_append, donate_argnums=0).lower(state).compile().as_text()
+    text = jax.jit(_append, donate_argnums=0).lower(state).compile(USERS_XLA).as_text()
     whole = re.compile(rf"= \w+\[1,2,{slots}[,\]][^=]* copy(-start)?\(")
     assert f"[1,2,{slots}" in text
     assert not [line for line in text.splitlines() if whole.search(line)]
@@ -379,7 +380,9 @@ def test_the_window_survives_moving_a_state(move):
 
 @aligned_or_ragged
 @pytest.mark.parametrize("count, stored_before", [(1, 20), (3, 3), (9, 0), (9, 20)])
-def test_mask_and_bias_count_the_tokens_before_then_the_new_ones(count, stored_before, ragged):
+def test_mask_and_bias_count_the_tokens_before_then_the_new_ones(
+    count, stored_before, ragged, each_backend
+):
     """`extend` with a mask and bias over C + T tokens is a dense computation over the same."""
     window, sinks = 4, 2
     state = make(lj.Sliding(window, sinks, slack=2), ragged=ragged)
@@ -485,7 +488,7 @@ def _streaming(query, key, value, seen, theta):
 
 @aligned_or_ragged
 @pytest.mark.parametrize("pattern, sinks", [((1,), 3), ((7, 1), 0), ((30,), 3)], ids=str)
-def test_places_in_the_cache_rotate_as_in_streaming_llm(pattern, sinks, ragged):
+def test_places_in_the_cache_rotate_as_in_streaming_llm(pattern, sinks, ragged, each_backend):
     """Unrotated keys with `rope_theta=`: the twin that numbers what each query sees from 0."""
     count, window, theta = 30, 5, 100.0
     rows = np.array([30, 17] if ragged else [30, 30])
@@ -496,7 +499,8 @@ def test_places_in_the_cache_rotate_as_in_streaming_llm(pattern, sinks, ragged):
     for begin, size in _split(count, pattern):
         new = [x[:, :, begin : begin + size] for x in (query, key, value)]
         lengths = np.clip(rows - begin, 0, size) if ragged else None
-        out, state = _extend(state, *new, layer_idx=0, lengths=lengths, rope_theta=theta)
+        options = {"lengths": lengths, "rope_theta": theta, "implementation": each_backend}
+        out, state = _extend(state, *new, layer_idx=0, **options)
         outs.append(out)
     got = np.concatenate(outs, axis=2)
     for row, real in enumerate(rows):
@@ -507,7 +511,7 @@ def test_places_in_the_cache_rotate_as_in_streaming_llm(pattern, sinks, ragged):
 @pytest.mark.parametrize("kept", [1, 3, 5, 6])
 @pytest.mark.parametrize("spec", [lj.Sliding(5, 2, 1), lj.Static(32), lj.Sliding(5, 2, 1,
                          lj.codecs.Int8())], ids=["sliding", "static", "int8"])  # fmt: skip
-def test_places_count_from_what_crop_left(spec, kept):
+def test_places_count_from_what_crop_left(spec, kept, each_backend):
     """After a crop the oldest token left, a sink or not, stands at place 0."""
     count, theta = 16, 100.0
     key, value = tokens(10, B, count)
@@ -520,7 +524,7 @@ def test_places_count_from_what_crop_left(spec, kept):
         new = [x[:, :, t : t + 2] for x in (query, key, value)]
         state = lj.update(state, *new[1:], 0)
         outs.append(lj.attend(state, new[0], 0, rope_theta=theta))
-    key_form, value_form = state.layers[0].packing.forms
+    key_form, value_form = state.layers[0].packing.forms.values()
     key, value = (np.asarray(f.decode(f.encode(jnp.asarray(x))))
                   for f, x in ((key_form, key), (value_form, value)))  # fmt: skip
     window, sinks = (5, 2) if isinstance(spec, lj.Sliding) else (99, 0)

@@ -12,12 +12,14 @@ import scipy.stats
 from flax import nnx
 
 import lucid_jax as lj
+from lucid_jax.decode import speculation_loop
 from lucid_jax.decode import speculative as module
 from lucid_jax.decode.acceptance import accept_sampled, accept_tree
 from lucid_jax.decode.drafts import lookup
 from lucid_jax.decode.sampling import filtered
 from lucid_jax.decode.topology import Topology
 from lucid_jax.models import ModelConfig, Transformer
+from tests.helpers import USERS_XLA
 
 VOCAB = 24
 PROMPTS = [[1, 2, 3], list(range(5, 18)), [4]]
@@ -138,6 +140,8 @@ def _same_on(model, draft, name):
     assert 0 < result.acceptance < 1
 
 
+@pytest.mark.exhaustive
+@pytest.mark.drawn
 def test_greedy_on_a_window_with_a_codec(model, draft):
     """A quantized ring that wraps many times, drafts taken back out of it; stop tokens too."""
     spec = LAYOUTS["sinks-int8"]
@@ -313,9 +317,9 @@ def _joint(model, prompt, count, sampling):
 UNLIKELY = 1e-6
 
 
-def _samples_follow_the_model(draft, sampling, runs=5):
+def _samples_follow_the_model(draft, sampling, runs=5, rows=4000):
     """The drafts' acceptance, and how likely such samples are if the model drew them."""
-    model, rows, count = make_model(5, vocab=5, hidden=8), 4000, 3
+    model, count = make_model(5, vocab=5, hidden=8), 3
     prompt = [1, 2, 1]
     counts, accepted = np.zeros(5**count, int), []
     for seed in range(runs):
@@ -331,10 +335,11 @@ def _samples_follow_the_model(draft, sampling, runs=5):
     return np.mean(accepted), _p_value(counts, expected)
 
 
+@pytest.mark.exhaustive
 def test_sampled_tokens_follow_the_model():
     """Three tokens' joint distribution is the model's own, with a draft of quite another opinion."""
     draft = make_model(5, noise=1.0, vocab=5, hidden=8)
-    acceptance, p = _samples_follow_the_model(draft, lj.Sampling(8.0), runs=2)
+    acceptance, p = _samples_follow_the_model(draft, lj.Sampling(8.0), runs=1)
     assert 0.2 < acceptance < 0.95
     assert p > UNLIKELY
 
@@ -354,12 +359,12 @@ def test_a_wrong_distribution_fails_the_test(monkeypatch):
     def wrong(logits, probs, *rest):
         return accept_sampled(logits, jnp.full_like(probs, 1 / probs.shape[-1]), *rest)
 
-    monkeypatch.setattr(module, "accept_sampled", wrong)
-    module._decode.clear_cache()
+    monkeypatch.setattr(speculation_loop, "accept_sampled", wrong)
+    speculation_loop.decode_rounds.clear_cache()
     try:
         _, p = _samples_follow_the_model(lj.NGram(), lj.Sampling(8.0))
     finally:
-        module._decode.clear_cache()
+        speculation_loop.decode_rounds.clear_cache()
     assert p < UNLIKELY
 
 
@@ -412,8 +417,9 @@ def test_rejection_gives_the_certain_token_where_only_it_is_left():
         ([0, 2], [0, 1], 1),
         ([2, 2], [0], 0),
     ):
-        probs = jax.nn.one_hot(jnp.array([drafts]), 3)
-        got, count = accept_sampled(logits, probs, jnp.array([drafts]), jnp.array([2]), keys)
+        drafts = jnp.array([drafts], jnp.int32)
+        two = jnp.array([2], jnp.int32)
+        got, count = accept_sampled(logits, jax.nn.one_hot(drafts, 3), drafts, two, keys)
         assert count.tolist() == [accepted]
         assert got[0, : accepted + 1].tolist() == tokens
 
@@ -428,12 +434,12 @@ def test_a_tree_is_walked_from_the_root():
     assert tree.children[0].tolist() == [1, 2]
     assert tree.children[2].tolist() == [5, 6]
     assert tree.sees[5].tolist() == [True, False, True, False, False, True, False]
-    drafts = jnp.array([[10, 11, 12, 13, 12, 14]])
+    drafts = jnp.array([[10, 11, 12, 13, 12, 14]], jnp.int32)
     wants = {0: 11, 1: 12, 2: 14, 6: 9, 5: 8}
     best = jnp.array([[wants.get(node, 0) for node in range(7)]])
     logits = jax.nn.one_hot(best, 16)
     for count, tokens, path in ((6, [11, 14, 9], [0, 2, 6]), (5, [11, 14], [0, 2]), (1, [11], [0])):
-        got, accepted, nodes = accept_tree(logits, drafts, jnp.array([count]), tree)
+        got, accepted, nodes = accept_tree(logits, drafts, jnp.array([count], jnp.int32), tree)
         kept = int(accepted[0]) + 1
         assert got[0, :kept].tolist() == tokens
         assert nodes[0, :kept].tolist() == path
@@ -449,7 +455,7 @@ def started(monkeypatch):
     def run(model, **options):
         calls = []
         with monkeypatch.context() as patch:
-            patch.setattr(module, "_decode", lambda *args: calls.append(args) or 1 / 0)
+            patch.setattr(module, "decode_rounds", lambda *args: calls.append(args) or 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 lj.speculate(model, PROMPTS, max_new_tokens=20, **options)
         return calls[0]
@@ -470,7 +476,7 @@ def test_the_loop_has_no_buffer_sized_temporaries(model, draft, kind, started):
         options |= {"draft_tokens": 8} if kind == "eight" else {}
         drafts = {"eight": draft, **_drafts(model, draft)}
         args = started(model, draft=drafts[kind], **options)
-        memory = module._decode.lower(*args).compile().memory_analysis()
+        memory = speculation_loop.decode_rounds.lower(*args).compile(USERS_XLA).memory_analysis()
         return memory.temp_size_in_bytes, lj.nbytes(args[2].cache)
 
     (small, little), (large, much) = temporaries(1024), temporaries(32768)
@@ -488,7 +494,7 @@ def test_more_drafts_than_eight_take_no_longer_to_compile(model, draft, started)
 
     def size(count):
         args = started(model, draft=draft, draft_tokens=count)
-        return len(module._decode.lower(*args).compile().as_text())
+        return len(speculation_loop.decode_rounds.lower(*args).compile(USERS_XLA).as_text())
 
     few, many = size(8), size(32)
     assert size(2) < few and many < 1.2 * few
@@ -502,24 +508,24 @@ def test_equal_models_share_a_program(model, draft):
     """As a model that is loaded again does: its structure is the one that was compiled for."""
     options = {"draft": draft, "max_new_tokens": 9, "cache": lj.Static(40)}
     lj.speculate(model, PROMPTS, **options)
-    before = module._decode._cache_size()
+    before = speculation_loop.decode_rounds._cache_size()
     lj.speculate(make_model(3), PROMPTS, **options)
-    assert module._decode._cache_size() == before
+    assert speculation_loop.decode_rounds._cache_size() == before
 
 
 @pytest.mark.exhaustive
 def test_compiles_once_or_as_often_as_a_cache_grows(model, draft):
     """One program for a static cache; for dynamic ones one for each of log2 capacities."""
-    before = module._decode._cache_size()
+    before = speculation_loop.decode_rounds._cache_size()
     for new in (90, 100, 120):
         lj.speculate(
             model, [[1, 2]], draft=draft, max_new_tokens=new,
             cache=lj.Static(130), draft_cache=lj.Static(130),
         )  # fmt: skip
-    assert module._decode._cache_size() == before + 1
+    assert speculation_loop.decode_rounds._cache_size() == before + 1
     options = {"cache": lj.Dynamic(), "draft_cache": lj.Dynamic()}
     result = lj.speculate(model, [[1, 2]], draft=draft, max_new_tokens=200, **options)
-    assert module._decode._cache_size() <= before + 1 + 3
+    assert speculation_loop.decode_rounds._cache_size() <= before + 1 + 3
     assert lj.capacity(result.cache) == 256
     assert result.rows() == lj.generate(model, [[1, 2]], max_new_tokens=200).rows()
 

@@ -16,11 +16,13 @@ import tokenizers
 from flax import nnx
 
 import lucid_jax as lj
-from lucid_jax.decode import Sampling, generate_uncached, generation
-from lucid_jax.decode.graph import split
+from lucid_jax.decode import Sampling, generate_uncached
+from lucid_jax.decode.language_model import split
+from lucid_jax.decode.token_loop import LoopSetup, TokenLoop, decode_tokens
 from lucid_jax.models import T5, CheckpointError, T5Config, load_model, load_pretrained
-from lucid_jax.models.t5 import GivenT5, relative_buckets
-from tests.helpers import check_beams, recorded_beams
+from lucid_jax.models.t5 import GivenT5
+from lucid_jax.models.t5_distances import relative_buckets
+from tests.helpers import USERS_XLA, check_beams, recorded_beams
 
 FIXTURES = Path(__file__).parent / "fixtures"
 VERSIONS = ("t5", "t5_v1_1")
@@ -240,7 +242,7 @@ def test_a_decode_step_has_no_room_for_the_encoders_keys():
         encoder = model.init_cache(lj.Static(width), 2, ragged=True)
         given = GivenT5(model, encoder)
         zero = jnp.zeros(rows, jnp.int32)
-        loop = generation._Loop(
+        loop = TokenLoop(
             cache=given.init_cache(lj.Static(64), rows, ragged=True),
             token=zero,
             done=zero > 0,
@@ -250,9 +252,10 @@ def test_a_decode_step_has_no_room_for_the_encoders_keys():
             seen=None,
             key=jax.random.key(0),
         )
-        graph, params = split(given)
-        lowered = generation._decode.lower(graph, params, loop, np.int32(64), Sampling(), (0,))
-        return lowered.compile().memory_analysis(), lj.nbytes(encoder)
+        structure, params = split(given)
+        setup = LoopSetup(structure, Sampling(), (0,))
+        lowered = decode_tokens.lower(setup, params, loop, np.int32(64))
+        return lowered.compile(USERS_XLA).memory_analysis(), lj.nbytes(encoder)
 
     small, _ = compiled(512)
     large, kept = compiled(65536)

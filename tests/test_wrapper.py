@@ -16,7 +16,7 @@ import lucid_jax as lucid
 import lucid_jax.nn as nn
 from tests.helpers import tokens
 from tests.oracle import Oracle, Refused
-from tests.test_tensor import OnlyArray, OnlyDLPack, aligned
+from tests.test_lucid import OnlyArray, OnlyDLPack, aligned
 
 B, H, D = 2, 2, 4
 KINDS = {
@@ -511,6 +511,14 @@ def test_everything_runs_on_an_empty_cache(cache):
     cache.rollback(0)
     cache.reset()
     assert cache.get(0) is None
+
+
+def test_an_empty_chunk_of_a_layer_never_written_attends_to_nothing():
+    """With `return_lse`, there is one for each output: none."""
+    cache, empty = nn.DynamicKVCache(), jnp.zeros((2, 3, 0, 8))
+    assert cache.extend(empty, empty, empty, 0).shape == (2, 3, 0, 8)
+    out, lse = cache.extend(empty, empty, empty, 0, return_lse=True)
+    assert (out.shape, lse.shape, lse.dtype) == ((2, 3, 0, 8), (2, 3, 0), jnp.float32)
 
 
 def test_an_empty_append():

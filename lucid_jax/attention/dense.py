@@ -67,8 +67,8 @@ def dot_product(
             query_positions = jnp.arange(length - tokens, length, dtype=jnp.int32)
         if key_positions is None:
             key_positions = jnp.arange(length, dtype=jnp.int32)
-        query_place = jnp.atleast_2d(query_positions)[:, None, :, None]
-        before = query_place - jnp.atleast_2d(key_positions)[:, None, None]
+        query_position = jnp.atleast_2d(query_positions)[:, None, :, None]
+        before = query_position - jnp.atleast_2d(key_positions)[:, None, None]
         seen = before >= 0
         if window is not None:
             seen = seen & (before < window)

@@ -67,7 +67,8 @@ class Llama3Scaling:
         turns = self.original_max_position_embeddings * plain / (2 * math.pi)
         kept = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
         kept = np.clip(kept, 0, 1)
-        return kept * plain + (1 - kept) * plain / self.factor
+        scaled: np.ndarray = kept * plain + (1 - kept) * plain / self.factor
+        return scaled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +123,8 @@ class YarnScaling:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, dim - 1)
         divided = np.clip((np.arange(dim // 2) - low) / max(high - low, 1e-3), 0, 1)
-        return divided * plain / self.factor + (1 - divided) * plain
+        scaled: np.ndarray = divided * plain / self.factor + (1 - divided) * plain
+        return scaled
 
 
 Scaling: TypeAlias = LinearScaling | Llama3Scaling | YarnScaling
@@ -204,9 +206,10 @@ def rope(x: jax.Array, positions: jax.Array, theta: float | Rope = 10000.0) -> j
     cos, sin = (f(angles) * table.attention_scale for f in (jnp.cos, jnp.sin))
     # Behind a barrier, or XLA on CPU computes them again for every head: 26 ms for a window of 2048
     # and 8 heads of 128, against 7 ms.
-    cos, sin = lax.optimization_barrier(
+    turned: tuple[jax.Array, jax.Array] = lax.optimization_barrier(
         (jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1))
     )
+    cos, sin = turned
     wide = x.astype(jnp.float32)
     swapped = jnp.concatenate(jnp.split(wide, 2, axis=-1)[::-1], axis=-1)
     return (wide * cos + swapped * sin).astype(x.dtype)

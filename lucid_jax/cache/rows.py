@@ -6,6 +6,7 @@ keeps the tokens that a scorer (scoring.py) chose.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,10 +15,24 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from lucid_jax.cache.checks import as_array, check_alive, check_count, check_indices, is_traced
-from lucid_jax.cache.contiguous import Contiguous
-from lucid_jax.cache.layer import Layer
-from lucid_jax.cache.state import CacheState, checked, select, with_room
+from lucid_jax.cache import evict
+from lucid_jax.cache.argument_checks import (
+    as_array,
+    check_alive,
+    check_count,
+    check_indices,
+    is_traced,
+)
+from lucid_jax.cache.codecs import PLAIN, keeps_bits
+from lucid_jax.cache.convert import stored_by
+from lucid_jax.cache.layouts.base import LayerSpec
+from lucid_jax.cache.sharding import in_auto_axes
+from lucid_jax.cache.stacked import LayerIndex, each
+from lucid_jax.cache.stacking import stacked_like
+from lucid_jax.cache.state import CacheState
+from lucid_jax.cache.tokens import TokenLayer
+from lucid_jax.cache.verb import verb
+from lucid_jax.cache.verbs import checked, select, with_room
 
 
 def insert(
@@ -30,8 +45,9 @@ def insert(
     Args:
         state: a ragged cache of B rows.
         rows: int32 [B'], distinct, each in [0, B).
-        other: a cache of B' rows with the same layers and codecs; aligned or ragged. Its contiguous
-            layers may have another capacity, if what they hold fits.
+        other: a cache of B' rows with the same layers and codecs (`Identity` and `Bits` count as the
+            same); aligned or ragged. Its contiguous layers may have another capacity, if what they
+            hold fits.
         donate: eager calls only: `state` must not be used again. (`other` stays valid.)
 
     Returns:
@@ -55,17 +71,18 @@ def insert(
     """
     check_alive((state, other))
     _need_ragged(state, "insert")
-    places = check_indices(rows, state.batch_size)
+    other = stacked_like(other, state)
+    into = check_indices(rows, state.batch_size)
     _check_alike(state, other)
-    if places.shape != (other.batch_size,):
+    if into.shape != (other.batch_size,):
         raise ValueError(
             f"insert needs one row number per row of the other state: expected "
-            f"({other.batch_size},), got {places.shape}"
+            f"({other.batch_size},), got {into.shape}"
         )
-    if isinstance(places, np.ndarray) and len(np.unique(places)) != len(places):
-        raise ValueError(f"rows must be distinct, got {places.tolist()}")
-    if is_traced(state, other, places):
-        return _insert(state, places, other)
+    if isinstance(into, np.ndarray) and len(np.unique(into)) != len(into):
+        raise ValueError(f"rows must be distinct, got {into.tolist()}")
+    if is_traced(state, other, into):
+        return _insert.traced(state, into, other)
     if donate and {id(x) for x in jax.tree.leaves(state)} & {id(x) for x in jax.tree.leaves(other)}:
         raise ValueError(
             "a state cannot be donated while the other one shares its buffers; pass donate=False, "
@@ -73,18 +90,21 @@ def insert(
         )
     longest = [int(np.max(layer.length_on_host())) for layer in other.layers]
     state = with_room(state, longest)
-    return (_insert_donated if donate else _insert_kept)(state, places, other)
+    return _insert.compiled(donate)(state, into, other)
 
 
+@verb()
 def _insert(state: CacheState, rows: Any, other: CacheState) -> CacheState:
     rows = jnp.asarray(rows)
+    other = _stored_alike(state, other)
     return state.with_layers(
-        layer.put_rows(rows, new) for layer, new in zip(state.layers, other.layers, strict=True)
+        each(
+            layer,
+            lambda one, theirs: one.put_rows(rows, theirs),
+            evict.tracked(new) if layer.tracked else new,
+        )
+        for layer, new in zip(state.layers, other.layers, strict=True)
     )
-
-
-_insert_kept = jax.jit(_insert)
-_insert_donated = jax.jit(_insert, donate_argnums=0)
 
 
 def extract(state: CacheState, row: ArrayLike) -> CacheState:
@@ -137,26 +157,36 @@ def concat(states: Sequence[CacheState]) -> CacheState:
         raise ValueError("concat needs at least one state, got none")
     check_alive(states)
     first = states[0]
+    states = [stacked_like(state, first) for state in states]
     for other in states:
         _need_ragged(other, "concat")
         _check_alike(first, other)
         for a, b in zip(first.layers, other.layers, strict=True):
-            alike = a.spec == b.spec and a.has_places == b.has_places
+            alike = _spec(a) == _spec(b) and a.tracked == b.tracked
             if not alike or a.num_slots != b.num_slots:
                 raise ValueError(
                     f"concat needs equal layers, got {a} and {b}; grow() the smaller one, or "
                     "insert() its rows"
                 )
-    return _concat(tuple(checked(state, first.layers[0].checked) for state in states))
+    together: CacheState = _concat(
+        tuple(checked(state, first.layers[0].checked) for state in states)
+    )
+    return together
 
 
 @jax.jit
+@in_auto_axes
 def _concat(states: tuple[CacheState, ...]) -> CacheState:
-    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=0), *states)
+    states = tuple(_stored_alike(states[0], state) for state in states)
+    axis = 1 if states[0].stacked else 0
+    together: CacheState = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=axis), *states)
+    return together
 
 
 def free(state: CacheState, rows: ArrayLike, *, donate: bool = False) -> CacheState:
     """Empties rows for the next sequences; what they held is never seen again.
+
+    Called eagerly, the new state shares the old one's buffers, until one of the two is donated.
 
     Args:
         state: a ragged cache of B rows.
@@ -196,11 +226,10 @@ def free(state: CacheState, rows: ArrayLike, *, donate: bool = False) -> CacheSt
         each = np.arange(state.batch_size, dtype=np.int32)
         gone = host.any(each[:, None] == numbers[None], axis=1)
         ok = host.all((numbers >= 0) & (numbers < state.batch_size))
-    if is_traced(state, gone):
-        return _free(state, gone, ok)
-    return (_free_donated if donate else _free_kept)(state, gone, ok)
+    return _free(state, gone, ok, donate=donate)
 
 
+@verb(shares=True)
 def _free(state: CacheState, gone: jax.Array, ok: Any) -> CacheState:
     freed = [layer.free(jnp.asarray(gone)) for layer in state.layers]
     what = "freeing of a row that is not in the batch"
@@ -209,12 +238,8 @@ def _free(state: CacheState, gone: jax.Array, ok: Any) -> CacheState:
     )
 
 
-_free_kept = jax.jit(_free)
-_free_donated = jax.jit(_free, donate_argnums=0)
-
-
 def compact(
-    state: CacheState, keep: ArrayLike, layer_idx: int, *, donate: bool = False
+    state: CacheState, keep: ArrayLike, layer_idx: LayerIndex, *, donate: bool = False
 ) -> CacheState:
     """Keeps chosen tokens of a layer and drops the others; order and absolute positions stay.
 
@@ -225,8 +250,8 @@ def compact(
 
     Args:
         state: the cache.
-        keep: bool, broadcastable to (B, H, C): which slots of `get` to keep; those that hold nothing
-            count for nothing. `keep_best` makes one from scores.
+        keep: bool, broadcastable to (B, H, C) whatever the state's `axes`: which slots of `get` to
+            keep; those that hold nothing count for nothing. `keep_best` makes one from scores.
         layer_idx: which layer: `Static` or `Dynamic`, with a codec that stores each token by itself.
         donate: eager calls only: the old state must not be used again.
 
@@ -252,10 +277,17 @@ def compact(
         (3, [5])
     """
     layer = state.own_layer(layer_idx)
-    if not isinstance(layer, Contiguous) or layer.packing.codec.unit > 1:
+    if state.stacked and not layer.tracked and evict.can_evict(layer):
+        # A stack has the positions of all its layers, or of none.
+        state = state.with_layers(
+            evict.tracked(one) if one.spec == layer.spec else one for one in state.layers
+        )
+        layer = state.own_layer(layer_idx)
+    if not evict.can_evict(layer):
         raise ValueError(
             f"compact needs Static or Dynamic with a codec that stores each token by itself, got "
-            f"{layer.spec}; a window already evicts, and groups of tokens are quantized together"
+            f"{layer.spec}; windows and chunks evict by themselves, and groups of tokens are quantized "
+            "together"
         )
     chosen = as_array(keep)
     if chosen.dtype != jnp.bool_:
@@ -270,18 +302,16 @@ def compact(
         )
     chosen = chosen.reshape(shape)
     if is_traced(layer, chosen):
-        return state.with_layer(layer_idx, _compact(layer, chosen))
+        return state.with_layer(layer_idx, _compact.traced(layer, chosen))
     if not np.asarray(_countable(layer, chosen)).all():
         raise ValueError(
             "compact needs every head to keep equally many tokens, and every row too unless the "
             "cache is ragged; keep_best(scores, n) keeps n of each"
         )
-    return state.with_layer(
-        layer_idx, (_compact_donated if donate else _compact_kept)(layer, chosen)
-    )
+    return state.with_layer(layer_idx, _compact.compiled(donate)(layer, chosen))
 
 
-def _kept(layer: Contiguous, chosen: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _kept(layer: TokenLayer, chosen: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The tokens to keep, bool (B, H, C), and how many of each head, int32 (B, H)."""
     valid = layer.valid().reshape(-1, 1, layer.capacity)
     full = (layer.batch_size, layer.num_kv_heads, layer.capacity)
@@ -290,7 +320,7 @@ def _kept(layer: Contiguous, chosen: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 @jax.jit
-def _countable(layer: Contiguous, chosen: jax.Array) -> jax.Array:
+def _countable(layer: TokenLayer, chosen: jax.Array) -> jax.Array:
     """Whether what is kept is equally many tokens, bool [] or [B]."""
     _, counts = _kept(layer, chosen)
     if layer.ragged:
@@ -298,7 +328,8 @@ def _countable(layer: Contiguous, chosen: jax.Array) -> jax.Array:
     return jnp.all(counts == counts[0, 0])
 
 
-def _compact(layer: Contiguous, chosen: jax.Array) -> Layer:
+@verb()
+def _compact(layer: TokenLayer, chosen: jax.Array) -> TokenLayer:
     ok = _countable(layer, chosen)
     everything = jnp.ones((1, 1, layer.capacity), bool)
     chosen = jnp.where(ok.reshape(-1, 1, 1), chosen, everything)
@@ -306,16 +337,16 @@ def _compact(layer: Contiguous, chosen: jax.Array) -> Layer:
     # The i-th kept index of a head, by writing each kept index at its rank.
     rank = jnp.where(kept, jnp.cumsum(kept, axis=-1, dtype=jnp.int32) - 1, layer.capacity)
     index = jnp.arange(layer.capacity, dtype=jnp.int32)
-    place = jax.vmap(jax.vmap(lambda r: jnp.zeros_like(index).at[r].set(index, mode="drop")))
+
+    def kept_first(rank: jax.Array) -> jax.Array:
+        return jnp.zeros_like(index).at[rank].set(index, mode="drop")
+
+    keep = jax.vmap(jax.vmap(kept_first))(rank)
     count = counts[:, 0] if layer.ragged else counts[0, 0]
-    smaller = layer.compact(place(rank), count, ok)
+    smaller = evict.compact(layer, keep, count, ok)
     return smaller.replace(
         overflowed=smaller.flag(ok, "compact of unequal numbers of tokens; nothing was dropped")
     )
-
-
-_compact_kept = jax.jit(_compact)
-_compact_donated = jax.jit(_compact, donate_argnums=0)
 
 
 def _need_ragged(state: CacheState, verb: str) -> None:
@@ -328,18 +359,28 @@ def _need_ragged(state: CacheState, verb: str) -> None:
 
 def _check_alike(state: CacheState, other: CacheState) -> None:
     """Raises unless rows of one can live in the other."""
+    for layer in (*state.layers, *other.layers):
+        layer.check_axes()
 
-    def kind(layer: Layer) -> tuple:
-        layout = Contiguous if isinstance(layer, Contiguous) else layer.spec
-        return (layout, layer.packing, layer.num_kv_heads)
+    def kind(layer: TokenLayer) -> tuple[object, ...]:
+        # Rows of dense layers move down to the first slots of any number.
+        layout = type(layer.layout) if layer.layout.dense else _spec(layer)
+        packing = dataclasses.replace(layer.packing, codec=_spec(layer).codec)
+        return (layout, packing, layer.num_kv_heads)
 
+    if state.axes != other.axes:
+        raise ValueError(
+            f"states must take tokens in the same order, got axes={state.axes!r} and {other.axes!r}; "
+            f"they are stored alike, so other.replace(axes={state.axes!r}) is enough"
+        )
     if state.reads != other.reads:
         raise ValueError(
             f"states must have the same layers, got {state.num_layers} and {other.num_layers}, "
             f"reading {state.reads} and {other.reads}"
         )
-    for index, a, b in zip(state.owners, state.layers, other.layers, strict=True):
-        if a.has_places and not b.has_places:
+    for stored, a, b in zip(state.each_stack, state.layers, other.layers, strict=True):
+        index = state.owners[stored[0]]
+        if b.tracked and not a.tracked:
             raise ValueError(
                 f"layer {index} of the other state has evicted tokens and remembers their positions; "
                 "make this state with track=True, so that it can too"
@@ -349,3 +390,16 @@ def _check_alike(state: CacheState, other: CacheState) -> None:
                 f"layer {index} of the states must have the same layout, codec, heads and widths, "
                 f"got {a} and {b}"
             )
+
+
+def _spec(layer: TokenLayer) -> LayerSpec:
+    """A layer's spec, the same for all codecs that keep a token's bits."""
+    keeps = keeps_bits(layer.spec.codec)
+    return layer.spec.but(codec=PLAIN) if keeps else layer.spec
+
+
+def _stored_alike(state: CacheState, other: CacheState) -> CacheState:
+    """The other state, which is alike, stored by the codecs of the first."""
+    return other.with_layers(
+        stored_by(b, a.packing.codec) for a, b in zip(state.layers, other.layers, strict=True)
+    )

@@ -1,13 +1,14 @@
 """Eviction scorers: how much each stored token is worth keeping, and which tokens that leaves.
 
 A scorer takes `get`'s keys (B, H, T, D), values (B, H, T, Dv) and `valid` ([T] or [B, T]), and returns
-float32 scores (B, H, T): higher is kept longer, -inf marks a slot that holds no token.
+float32 scores (B, H, T): higher is kept longer, -inf marks a slot that holds no token. Of a state of
+`axes="BTHD"`, pass `axes=state.axes`: tokens, queries too, come in that order. Scores never do, nor do
+the masks that `keep_best` makes of them for `compact`: (B, H, T).
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +16,13 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from lucid_jax.cache.checks import as_array, as_integers, check_count
+from lucid_jax.cache.argument_checks import as_array, as_integers, check_count
+from lucid_jax.cache.axes import STORED, check_axes, swapped
+from lucid_jax.cache.sharding import in_auto_axes
 
 
 def sinks_and_recent(
-    keys: ArrayLike, values: ArrayLike, valid: ArrayLike, *, sinks: int
+    keys: ArrayLike, values: ArrayLike, valid: ArrayLike, *, sinks: int, axes: str = STORED
 ) -> jax.Array:
     """StreamingLLM (Xiao et al. 2023): the oldest few tokens first, then the newest.
 
@@ -28,6 +31,7 @@ def sinks_and_recent(
         values: (B, H, T, Dv); only the shape matters.
         valid: bool [T] or [B, T], which slots hold a token.
         sinks: how many of the oldest live tokens score above all others, the very oldest highest.
+        axes: the order of `keys` and `values`, see `init_cache`.
 
     Returns:
         float32 (B, H, T), whole numbers, exact while 2 * T <= 2**24.
@@ -42,20 +46,23 @@ def sinks_and_recent(
         [10.0, 1.0, 2.0, 3.0, -inf]
     """
     sinks = check_count(sinks, "sinks")
-    keys, live = _live_keys(keys, values, valid)
+    keys, live = _live_keys(keys, values, valid, axes)
     age = jnp.cumsum(live, axis=-1, dtype=jnp.int32) - 1  # 0 is the oldest live token
     length = live.shape[-1]
     scores = jnp.where(age < min(sinks, length), 2 * length - age, age)
     return _scores(jnp.broadcast_to(scores.astype(jnp.float32), keys.shape[:3]), live)
 
 
-def key_norm(keys: ArrayLike, values: ArrayLike, valid: ArrayLike) -> jax.Array:
+def key_norm(
+    keys: ArrayLike, values: ArrayLike, valid: ArrayLike, *, axes: str = STORED
+) -> jax.Array:
     """Minus the L2 norm of the key (Devoto et al. 2024): keys of low norm draw much attention.
 
     Args:
         keys: (B, H, T, D), oldest first.
         values: (B, H, T, Dv); only the shape matters.
         valid: bool [T] or [B, T], which slots hold a token.
+        axes: the order of `keys` and `values`, see `init_cache`.
 
     Returns:
         float32 (B, H, T).
@@ -69,11 +76,13 @@ def key_norm(keys: ArrayLike, values: ArrayLike, valid: ArrayLike) -> jax.Array:
         >>> key_norm(keys, keys, jnp.array([True, True]))[0, 0].tolist()
         [-5.0, -1.0]
     """
-    keys, live = _live_keys(keys, values, valid)
+    keys, live = _live_keys(keys, values, valid, axes)
     return _scores(-jnp.linalg.norm(keys, axis=-1), live)
 
 
-def key_diff(keys: ArrayLike, values: ArrayLike, valid: ArrayLike) -> jax.Array:
+def key_diff(
+    keys: ArrayLike, values: ArrayLike, valid: ArrayLike, *, axes: str = STORED
+) -> jax.Array:
     """Minus the cosine similarity to the mean of the unit keys (KeyDiff, Park et al. 2025).
 
     Keys unlike the others are kept. The mean is taken per row and head, over live keys.
@@ -82,6 +91,7 @@ def key_diff(keys: ArrayLike, values: ArrayLike, valid: ArrayLike) -> jax.Array:
         keys: (B, H, T, D), oldest first.
         values: (B, H, T, Dv); only the shape matters.
         valid: bool [T] or [B, T], which slots hold a token.
+        axes: the order of `keys` and `values`, see `init_cache`.
 
     Returns:
         float32 (B, H, T), in [-1, 1] up to rounding; 0 for a key of norm 0.
@@ -95,14 +105,21 @@ def key_diff(keys: ArrayLike, values: ArrayLike, valid: ArrayLike) -> jax.Array:
         >>> key_diff(keys, keys, jnp.ones(3, bool))[0, 0].tolist()
         [-1.0, -1.0, 1.0]
     """
-    keys, live = _live_keys(keys, values, valid)
+    keys, live = _live_keys(keys, values, valid, axes)
     unit = _unit(keys)
     # The sum points where the mean does, and a dead key, being zero, adds nothing to it.
     anchor = _unit(jnp.sum(unit, axis=2, keepdims=True))
     return _scores(-jnp.sum(unit * anchor, axis=-1), live)
 
 
-def random(keys: ArrayLike, values: ArrayLike, valid: ArrayLike, *, rng: jax.Array) -> jax.Array:
+def random(
+    keys: ArrayLike,
+    values: ArrayLike,
+    valid: ArrayLike,
+    *,
+    rng: jax.Array,
+    axes: str = STORED,
+) -> jax.Array:
     """Uniform scores in [0, 1): the baseline any other scorer has to beat.
 
     Args:
@@ -110,6 +127,7 @@ def random(keys: ArrayLike, values: ArrayLike, valid: ArrayLike, *, rng: jax.Arr
         values: (B, H, T, Dv); only the shape matters.
         valid: bool [T] or [B, T], which slots hold a token.
         rng: a PRNG key; a new one for each call, or the same slots are chosen again.
+        axes: the order of `keys` and `values`, see `init_cache`.
 
     Returns:
         float32 (B, H, T), drawn independently per row, head and slot.
@@ -123,7 +141,7 @@ def random(keys: ArrayLike, values: ArrayLike, valid: ArrayLike, *, rng: jax.Arr
         >>> random(kv, kv, valid, rng=jax.random.key(0)).shape
         (2, 3, 4)
     """
-    keys, live = _live_keys(keys, values, valid)
+    keys, live = _live_keys(keys, values, valid, axes)
     return _scores(jax.random.uniform(rng, keys.shape[:3], jnp.float32), live)
 
 
@@ -137,6 +155,7 @@ def attention_mass(
     key_positions: ArrayLike | None = None,
     scale: ArrayLike | None = None,
     pool: int = 1,
+    axes: str = STORED,
 ) -> jax.Array:
     """Softmax attention that observed queries give each live key, summed over a KV head's queries.
 
@@ -156,6 +175,7 @@ def attention_mass(
         key_positions: int [T], [B, T] or [B, H, T]; given if, and only if, `query_positions` is.
         scale: multiplies the scores; 1 / sqrt(D) by default.
         pool: each score becomes the mean over the live among the `pool` slots around it; odd.
+        axes: the order of `keys`, `values` and `queries`, see `init_cache`.
 
     Returns:
         float32 (B, H, T), at least 0 where live; with `pool=1` they sum to Q * G per row and head if
@@ -178,9 +198,10 @@ def attention_mass(
             f"pool must be odd, to reach as far to either side of a token, got {pool}; "
             f"use {pool - 1} or {pool + 1}"
         )
-    keys, live = _live_keys(keys, values, valid)
+    keys, live = _live_keys(keys, values, valid, axes)
     batch, heads, length, dim = keys.shape
     queries = as_array(queries).astype(jnp.float32)
+    queries = swapped(queries, axes) if queries.ndim == 4 else queries
     if (
         queries.ndim != 4
         or (queries.shape[0], queries.shape[3]) != (batch, dim)
@@ -199,7 +220,7 @@ def attention_mass(
             f"query_positions and key_positions must come together, got only {given}_positions; "
             f"pass {missing}_positions= too, or neither to let every query see every key"
         )
-    if query_positions is not None:
+    if query_positions is not None and key_positions is not None:
         asked = _positions(query_positions, "query_positions", (count,), (batch, count))
         stored = _positions(
             key_positions, "key_positions", (length,), (batch, length), (batch, heads, length)
@@ -252,10 +273,13 @@ def keep_best(scores: ArrayLike, n: int, *, protect: ArrayLike | None = None) ->
         )
     if not jnp.issubdtype(scores.dtype, jnp.floating):
         raise TypeError(f"scores must be floating point, got {scores.dtype}; cast them")
+    return _best(scores, n, None if protect is None else _protected(protect, scores.shape))
+
+
+@in_auto_axes
+def _best(scores: jax.Array, n: int, protect: jax.Array | None) -> jax.Array:
     live = ~jnp.isneginf(scores)
-    first = jnp.zeros_like(live)
-    if protect is not None:
-        first = jnp.broadcast_to(_protected(protect, scores.shape), scores.shape)
+    first = jnp.zeros_like(live) if protect is None else jnp.broadcast_to(protect, scores.shape)
     tier = jnp.where(live, jnp.where(first, 0, 1), 2)
     # The sort is stable, so backwards in time the later of two equal tokens comes first; and it puts
     # NaN, whatever its sign, after all numbers.
@@ -267,9 +291,13 @@ def keep_best(scores: ArrayLike, n: int, *, protect: ArrayLike | None = None) ->
 # --- shared pieces ---------------------------------------------------------------------------------
 
 
-def _live_keys(keys: Any, values: Any, valid: Any) -> tuple[jax.Array, jax.Array]:
-    """Checked float32 keys, zero where no token is, and which are live: bool (1|B, 1, T)."""
+def _live_keys(
+    keys: ArrayLike, values: ArrayLike, valid: ArrayLike, axes: str
+) -> tuple[jax.Array, jax.Array]:
+    """Checked float32 keys (B, H, T, D), zero where no token is, and which are live: (1|B, 1, T)."""
     keys, values, valid = as_array(keys), as_array(values), as_array(valid)
+    if check_axes(axes) != STORED and keys.ndim == values.ndim == 4:
+        keys, values = swapped(keys, axes), swapped(values, axes)
     if keys.ndim != 4:
         raise ValueError(
             f"keys must be (batch, heads, tokens, head_dim), got shape {keys.shape}; "
@@ -284,7 +312,7 @@ def _live_keys(keys: Any, values: Any, valid: Any) -> tuple[jax.Array, jax.Array
     if valid.shape not in ((length,), (batch, length)):
         raise ValueError(
             f"valid must be ({length},) or ({batch}, {length}) for these keys, got {valid.shape}; "
-            "pass the keys and valid of one get()"
+            "pass the keys and valid of one get(), and axes=state.axes if that is not (B, H, C, D)"
         )
     if valid.dtype != jnp.bool_:
         raise TypeError(f"valid must be boolean (True = holds a token), got {valid.dtype}")
@@ -307,10 +335,11 @@ def _unit(x: jax.Array) -> jax.Array:
 
 def _window_sum(x: jax.Array, size: int) -> jax.Array:
     """Sum over the `size` (odd) slots around each, along the last of three axes."""
-    return lax.reduce_window(x, np.float32(0), lax.add, (1, 1, size), (1, 1, 1), "SAME")
+    total: jax.Array = lax.reduce_window(x, np.float32(0), lax.add, (1, 1, size), (1, 1, 1), "SAME")
+    return total
 
 
-def _positions(x: Any, name: str, *shapes: tuple[int, ...]) -> jax.Array:
+def _positions(x: ArrayLike, name: str, *shapes: tuple[int, ...]) -> jax.Array:
     """Checks integer positions against the shapes they may have; int32 (1|B, 1|H, ·)."""
     positions = jnp.asarray(as_integers(x, name))
     if positions.shape not in shapes:
@@ -322,15 +351,15 @@ def _positions(x: Any, name: str, *shapes: tuple[int, ...]) -> jax.Array:
     return positions.reshape(batch, heads, positions.shape[-1])
 
 
-def _protected(x: Any, full: tuple[int, ...]) -> jax.Array:
+def _protected(protect: ArrayLike, full: tuple[int, ...]) -> jax.Array:
     """Checks a mask that broadcasts to `full` and gives it as many axes."""
-    x = as_array(x)
-    if x.dtype != jnp.bool_:
-        raise TypeError(f"protect must be boolean (True = keep), got {x.dtype}")
-    shape = (*(1,) * (3 - x.ndim), *x.shape)
+    mask = as_array(protect)
+    if mask.dtype != jnp.bool_:
+        raise TypeError(f"protect must be boolean (True = keep), got {mask.dtype}")
+    shape = (*(1,) * (3 - mask.ndim), *mask.shape)
     if len(shape) != 3 or any(m not in (1, k) for m, k in zip(shape, full, strict=True)):
         raise ValueError(
-            f"protect must broadcast to (batch, heads, tokens) = {full}, got {x.shape}; "
+            f"protect must broadcast to (batch, heads, tokens) = {full}, got {mask.shape}; "
             "a mask per row is (batch, 1, tokens)"
         )
-    return x.reshape(shape)
+    return mask.reshape(shape)

@@ -14,11 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from lucid_jax.cache import slots
-from lucid_jax.cache.checks import as_array, as_integers, check_alive, is_traced
-from lucid_jax.cache.contiguous import Contiguous
-from lucid_jax.cache.layer import Layer
+from lucid_jax.cache import evict
+from lucid_jax.cache.argument_checks import as_array, as_integers, check_alive, is_traced
+from lucid_jax.cache.slots import span
+from lucid_jax.cache.stacked import ask, each
 from lucid_jax.cache.state import CacheState
+from lucid_jax.cache.tokens import TokenLayer
+from lucid_jax.cache.verb import verb
 
 
 def tree_mask(sees: ArrayLike, first: jax.Array, capacity: int) -> jax.Array:
@@ -39,7 +41,7 @@ def tree_mask(sees: ArrayLike, first: jax.Array, capacity: int) -> jax.Array:
     """
     table = as_array(sees)
     nodes = table.shape[1]
-    node = slots.span(-first, capacity)  # [B, C]
+    node = span(-first, capacity)  # [B, C]
     inside = jnp.take(table, jnp.clip(node, 0, nodes - 1), axis=1)  # (T, B, C)
     mask = jnp.where((node < 0)[None], True, inside & (node < nodes)[None])
     return jnp.swapaxes(mask, 0, 1)[:, None]
@@ -97,31 +99,31 @@ def keep_path(
             f"{args[0].shape}, {args[1].shape} and {args[2].shape}"
         )
     if is_traced(state, args):
-        return _keep_path(state, *args)
+        return _keep_path.traced(state, *args)
     if not np.asarray(_possible(state, *args)).all():
         raise ValueError(
             "keep_path needs 0 <= counts <= n <= tokens stored (since the latest compact), and "
             f"ascending nodes in [0, n), got n={np.asarray(n).tolist()}, "
             f"path={np.asarray(path).tolist()}, counts={np.asarray(counts).tolist()}"
         )
-    return (_keep_path_donated if donate else _keep_path_kept)(state, *args)
+    return _keep_path.compiled(donate)(state, *args)
 
 
 def check_tree_layers(state: CacheState) -> None:
     """Raises ValueError unless every layer can hold a tree and keep one path of it."""
-    for index, layer in zip(state.owners, state.layers, strict=True):
-        codec = layer.packing.codec
-        if not isinstance(layer, Contiguous) or codec.unit > 1 or codec.residual:
+    for stored, layer in zip(state.each_stack, state.layers, strict=True):
+        index = state.owners[stored[0]]
+        if not evict.can_evict(layer):
             raise ValueError(
                 "trees of tokens need Static or Dynamic layers with a codec that stores each token "
                 f"by itself, got {layer.spec} for layer {index}; use a chain of drafts"
             )
 
 
-def _allowed(layer: Layer, n: jax.Array, path: jax.Array, counts: jax.Array) -> jax.Array:
+def _allowed(layer: TokenLayer, n: jax.Array, path: jax.Array, counts: jax.Array) -> jax.Array:
     """Whether a row's path can be kept, bool [B]."""
     width = path.shape[1]
-    kept = slots.span(jnp.zeros_like(counts), width) < counts[:, None]
+    kept = span(jnp.zeros_like(counts), width) < counts[:, None]
     before = jnp.concatenate([jnp.full_like(path[:, :1], -1), path[:, :-1]], axis=1)
     good = ~kept | ((path > before) & (path < n[:, None]))
     return layer.can_rollback(n) & (counts >= 0) & (counts <= width) & jnp.all(good, axis=1)
@@ -129,19 +131,17 @@ def _allowed(layer: Layer, n: jax.Array, path: jax.Array, counts: jax.Array) -> 
 
 @jax.jit
 def _possible(state: CacheState, n: jax.Array, path: jax.Array, counts: jax.Array) -> jax.Array:
-    return jnp.stack([_allowed(layer, n, path, counts) for layer in state.layers])
+    return jnp.concatenate(
+        [ask(layer, lambda one: _allowed(one, n, path, counts)) for layer in state.layers]
+    )
 
 
+@verb()
 def _keep_path(state: CacheState, n: Any, path: Any, counts: Any) -> CacheState:
     n, path, counts = jnp.asarray(n), jnp.asarray(path), jnp.asarray(counts)
 
-    def keep(layer: Layer) -> Layer:
-        assert isinstance(layer, Contiguous)
+    def keep(layer: TokenLayer) -> TokenLayer:
         ok = _allowed(layer, n, path, counts)
-        return layer.keep_path(n, path, jnp.where(ok, counts, 0), ok)
+        return evict.keep_path(layer, n, path, jnp.where(ok, counts, 0), ok)
 
-    return state.with_layers(keep(layer) for layer in state.layers)
-
-
-_keep_path_kept = jax.jit(_keep_path)
-_keep_path_donated = jax.jit(_keep_path, donate_argnums=0)
+    return state.with_layers(each(layer, keep) for layer in state.layers)

@@ -2,18 +2,13 @@
 
 from lucid_jax.decode.beam import BeamResult, beam_search
 from lucid_jax.decode.drafts import NGram, Tree
-from lucid_jax.decode.generation import (
-    Generation,
-    LanguageModel,
-    generate,
-    generate_uncached,
-    stream,
-    stream_uncached,
-    unpad,
-)
+from lucid_jax.decode.generation import Generation, generate, stream
+from lucid_jax.decode.language_model import LanguageModel
 from lucid_jax.decode.prompt_cache import Prefilled, PromptCache
+from lucid_jax.decode.prompts import unpad
 from lucid_jax.decode.sampling import Sampling, sample
 from lucid_jax.decode.speculative import Speculation, speculate
+from lucid_jax.decode.uncached import generate_uncached, stream_uncached
 
 __all__ = [
     "BeamResult",

@@ -50,25 +50,25 @@ def accept_sampled(
         keys: (B,) PRNG keys, one a row.
     """
     p = jax.nn.softmax(logits, axis=-1)
-    places = drafts.shape[1]
+    count = drafts.shape[1]
 
     def of_draft(probs: jax.Array) -> jax.Array:
         return jnp.take_along_axis(probs, drafts[..., None], axis=-1)[..., 0]
 
     coin_keys, draw_keys = jnp.swapaxes(jax.vmap(jax.random.split)(keys), 0, 1)
-    coins = jax.vmap(lambda key: jax.random.uniform(key, (places,)))(coin_keys)
+    coins = jax.vmap(lambda key: jax.random.uniform(key, (count,), probs.dtype))(coin_keys)
     # Not a division: a q of 0 cannot have been drawn, and a p of 0 is never accepted.
     accepted = _leading(coins * of_draft(probs) < of_draft(p[:, :-1]), counts)
 
     at = accepted[:, None, None]
     p_here = jnp.take_along_axis(p, at, axis=1)[:, 0]
-    q_here = jnp.take_along_axis(probs, jnp.minimum(at, places - 1), axis=1)[:, 0]
+    q_here = jnp.take_along_axis(probs, jnp.minimum(at, count - 1), axis=1)[:, 0]
     refused = (accepted < counts)[:, None]
     rest = jnp.where(refused, jnp.maximum(p_here - q_here, 0), p_here)
     # Where p equals q up to rounding, a refusal has probability 0 up to rounding too.
     rest = jnp.where(jnp.any(rest > 0, axis=-1, keepdims=True), rest, p_here)
     last = jax.vmap(jax.random.categorical)(draw_keys, jnp.log(rest)).astype(jnp.int32)
-    here = jnp.arange(places + 1, dtype=jnp.int32)[None] == accepted[:, None]
+    here = jnp.arange(count + 1, dtype=jnp.int32)[None] == accepted[:, None]
     return jnp.where(here, last[:, None], jnp.pad(drafts, ((0, 0), (0, 1)))), accepted
 
 
@@ -108,4 +108,5 @@ def accept_tree(
 def _leading(good: jax.Array, counts: jax.Array) -> jax.Array:
     """How many of a row's `counts` first entries are good before the first that is not, (B,)."""
     real = jnp.arange(good.shape[1], dtype=jnp.int32)[None] < counts[:, None]
-    return jnp.sum(jnp.cumprod((good & real).astype(jnp.int32), axis=1), axis=1)
+    so_far = jnp.cumprod(good & real, axis=1, dtype=jnp.int32)
+    return jnp.sum(so_far, axis=1, dtype=jnp.int32)

@@ -14,12 +14,13 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from lucid_jax.cache import state as core
-from lucid_jax.cache.checks import check_count
+from lucid_jax.cache import introspection, verbs
+from lucid_jax.cache.argument_checks import check_count
 from lucid_jax.cache.slots import span
+from lucid_jax.cache.state import CacheState
 from lucid_jax.cache.tree import keep_path, tree_mask
-from lucid_jax.decode.generation import hidden_at
-from lucid_jax.decode.graph import Graph
+from lucid_jax.decode.language_model import LanguageModel, ModelStructure
+from lucid_jax.decode.prefill import hidden_at
 from lucid_jax.decode.sampling import Sampling, filtered, likeliest
 from lucid_jax.decode.topology import Topology
 
@@ -55,11 +56,11 @@ class Tree:
     SpecInfer (Miao et al. 2024). Greedy decoding only.
 
     Attributes:
-        model: the draft, see `LanguageModel`.
+        model: the draft.
         branching: children of a node by its depth: (2, 2, 1) has 2 + 4 + 4 nodes and accepts up to 3.
     """
 
-    model: Any
+    model: LanguageModel
     branching: tuple[int, ...] = (2, 2, 1)
 
 
@@ -67,9 +68,9 @@ class Tree:
 class Text:
     """The rows so far: what drafts are to follow."""
 
-    history: jax.Array  # int32 (B, S): prompt and new tokens
-    filled: jax.Array  # int32 (B,): tokens of each row; the last is not in the target's cache yet
-    left: jax.Array  # int32 (B,): tokens still to be added; 0 for rows that are done
+    history: Any  # int32 (B, S): prompt and new tokens
+    filled: Any  # int32 (B,): tokens of each row; the last is not in the target's cache yet
+    left: Any  # int32 (B,): tokens still to be added; 0 for rows that are done
     seen: jax.Array | None  # bool (B, V), for the repetition penalty
 
     @property
@@ -129,14 +130,18 @@ class NGramDrafter:
     def propose(
         self, params: Any, cache: Any, text: Text, keys: jax.Array, sampling: Sampling
     ) -> tuple[Proposal, Any]:
-        """See `Drafter.propose`. The drafts are certain, so q is one-hot."""
+        """Copies what followed. The drafts are certain, so q is one-hot."""
         tokens, found = lookup(text.history, text.filled, self.spec, self.width)
         counts = jnp.where(found, jnp.minimum(text.wanted, self.width), 0)
-        probs = None if sampling.temperature == 0 else jax.nn.one_hot(tokens, self.vocab_size)
+        probs = (
+            None
+            if sampling.temperature == 0
+            else jax.nn.one_hot(tokens, self.vocab_size, dtype=jnp.float32)
+        )
         return Proposal(tokens, counts, probs), cache
 
     def settle(self, cache: Any, before: Text, filled: jax.Array, path: jax.Array | None) -> Any:
-        """See `Drafter.settle`."""
+        """Nothing: the text is all it knows."""
         return cache
 
 
@@ -160,17 +165,17 @@ def lookup(
         ([[7, 5, 6, 7]], [True])
     """
     size = history.shape[1]
-    place = jnp.arange(size, dtype=jnp.int32)[None]  # where an occurrence may end
+    end = jnp.arange(size, dtype=jnp.int32)[None]  # where an occurrence may end
     agree = jnp.ones_like(history)
     length = jnp.zeros_like(history)
     for back in range(min(spec.max_ngram, size)):
         last = jnp.take_along_axis(history, jnp.maximum(filled - 1 - back, 0)[:, None], axis=1)
-        same = (jnp.roll(history, back, axis=1) == last) & (place >= back)
+        same = (jnp.roll(history, back, axis=1) == last) & (end >= back)
         agree = agree * same.astype(jnp.int32)
         length = length + agree
-    earlier = place < (filled - 1)[:, None]
+    earlier = end < (filled - 1)[:, None]
     # The longest, and of those the latest.
-    score = jnp.where(earlier & (length >= spec.min_ngram), length * size + place, -1)
+    score = jnp.where(earlier & (length >= spec.min_ngram), length * size + end, -1)
     best = jnp.argmax(score, axis=1).astype(jnp.int32)[:, None]
     found = jnp.take_along_axis(score, best, axis=1)[:, 0] >= 0
     period = jnp.maximum(filled[:, None] - 1 - best, 1)
@@ -188,15 +193,15 @@ UNROLLED = 4
 class ModelDrafter:
     """A language model drafts one token after the other."""
 
-    graph: Graph
+    structure: ModelStructure
     width: int
     tree = None
 
     def propose(
         self, params: Any, cache: Any, text: Text, keys: jax.Array, sampling: Sampling
     ) -> tuple[Proposal, Any]:
-        """See `Drafter.propose`."""
-        model = self.graph.merge(params)
+        """Catches up with the text, then draws token after token."""
+        model = self.structure.merge(params)
         counts = jnp.minimum(text.wanted, self.width)
         hidden, cache = _catch_up(model, cache, text, counts)
         token, seen, probs = _draw(model, hidden, text.seen, _step_keys(keys, 0), sampling)
@@ -218,27 +223,27 @@ class ModelDrafter:
         return Proposal(tokens, counts, probs), cache
 
     def settle(self, cache: Any, before: Text, filled: jax.Array, path: jax.Array | None) -> Any:
-        """See `Drafter.settle`."""
-        return core.rollback(cache, jnp.maximum(_fed(cache) - (filled - 1), 0))
+        """Takes back what was not accepted; tokens it never had are fed in the next round."""
+        return verbs.rollback(cache, jnp.maximum(_fed(cache) - (filled - 1), 0))
 
 
 @dataclasses.dataclass(frozen=True)
 class TreeDrafter:
     """A language model drafts a tree, level by level."""
 
-    graph: Graph
+    structure: ModelStructure
     tree: Topology
 
     @property
     def width(self) -> int:
-        """See `Drafter.width`."""
+        """M, the nodes below the root."""
         return self.tree.nodes
 
     def propose(
         self, params: Any, cache: Any, text: Text, keys: jax.Array, sampling: Sampling
     ) -> tuple[Proposal, Any]:
-        """See `Drafter.propose`. Of every node the likeliest continuations; no two alike."""
-        model, tree = self.graph.merge(params), self.tree
+        """Of every node the likeliest continuations; no two alike."""
+        model, tree = self.structure.merge(params), self.tree
         depth = jnp.minimum(text.wanted, tree.depth)
         hidden, cache = _catch_up(model, cache, text, depth)
         hidden = hidden[:, None]
@@ -253,9 +258,9 @@ class TreeDrafter:
                     lengths=jnp.where(level < depth, tree.widths[level], 0),
                     positions=text.filled[:, None] - 1 + jnp.asarray(tree.depths[None, here]),
                     # Node 0 is the row's last token, in the slot before the nodes'.
-                    mask=tree_mask(tree.sees[here], text.filled - 1, core.capacity(cache)),
+                    mask=tree_mask(tree.sees[here], text.filled - 1, introspection.capacity(cache)),
                 )
-            logits = filter_places(model.logits(hidden), sampling, seen)
+            logits = filtered_along(model.logits(hidden), sampling, seen)
             best = jax.lax.top_k(logits, children)[1].astype(jnp.int32)
             levels.append(best.reshape(best.shape[0], -1))
             if seen is not None:
@@ -265,7 +270,7 @@ class TreeDrafter:
         return Proposal(jnp.concatenate(levels, axis=1), counts, None), cache
 
     def settle(self, cache: Any, before: Text, filled: jax.Array, path: jax.Array | None) -> Any:
-        """See `Drafter.settle`."""
+        """Keeps the path of nodes that were accepted."""
         assert path is not None
         nodes = jnp.maximum(_fed(cache) - before.filled, 0)
         offsets = path[:, 1:] - 1
@@ -276,20 +281,20 @@ class TreeDrafter:
         return keep_path(cache, nodes, offsets, jnp.sum(kept, axis=1, dtype=jnp.int32))
 
 
-def filter_places(logits: jax.Array, sampling: Sampling, seen: jax.Array | None) -> jax.Array:
+def filtered_along(logits: jax.Array, sampling: Sampling, seen: jax.Array | None) -> jax.Array:
     """`filtered` for (B, T, V), with `seen` (B, T, V)."""
     flat = None if seen is None else seen.reshape(-1, seen.shape[-1])
     return filtered(logits.reshape(-1, logits.shape[-1]), sampling, flat).reshape(logits.shape)
 
 
-def _fed(cache: core.CacheState) -> jax.Array:
+def _fed(cache: CacheState) -> jax.Array:
     """Tokens of each row's text that a cache has had, int32 (B,)."""
-    return core.positions(cache, 1)[:, 0]
+    return introspection.positions(cache, 1)[:, 0]
 
 
 def _catch_up(
-    model: Any, cache: core.CacheState, text: Text, wanted: jax.Array
-) -> tuple[jax.Array, core.CacheState]:
+    model: LanguageModel, cache: CacheState, text: Text, wanted: jax.Array
+) -> tuple[jax.Array, CacheState]:
     """Feeds what the cache lacks of a row's text, one token or two; the last one's state (B, E).
 
     Two if the target accepted all drafts: the last of them was never fed to the model it came from.
@@ -305,7 +310,11 @@ def _step_keys(keys: jax.Array, step: Any) -> jax.Array:
 
 
 def _draw(
-    model: Any, hidden: jax.Array, seen: jax.Array | None, keys: jax.Array, sampling: Sampling
+    model: LanguageModel,
+    hidden: jax.Array,
+    seen: jax.Array | None,
+    keys: jax.Array,
+    sampling: Sampling,
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
     """Draws a token from hidden states (B, E): (B,), what was seen by then, and its distribution."""
     logits = filtered(model.logits(hidden[:, None])[:, 0], sampling, seen)

@@ -10,7 +10,6 @@ import dataclasses
 import os
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -18,17 +17,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
-from lucid_jax.cache import state as core
-from lucid_jax.cache.checks import check_count
-from lucid_jax.cache.layer import LayerSpec
+from lucid_jax.cache import verbs
+from lucid_jax.cache.argument_checks import check_count
+from lucid_jax.cache.cut_and_join import cut, join
+from lucid_jax.cache.layouts.base import LayerSpec
 from lucid_jax.cache.rows import insert
-from lucid_jax.cache.segments import cut, join
+from lucid_jax.cache.sharding import of_one_row
+from lucid_jax.cache.state import CacheState
 from lucid_jax.decode import prompt_files
-from lucid_jax.decode.generation import open_cache, pad_prompts, prefill
-from lucid_jax.decode.graph import split
+from lucid_jax.decode.language_model import LanguageModel, ModelStructure, split
+from lucid_jax.decode.options import DecodeOptions
+from lucid_jax.decode.prefill import open_cache, prefill
 from lucid_jax.decode.prompt_chunks import ROOT, Content, name_of
+from lucid_jax.decode.prompts import pad_prompts
+from lucid_jax.decode.storage import empty_cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +47,7 @@ class Prefilled:
         reused: of each prompt, how many tokens were found and not computed again.
     """
 
-    cache: core.CacheState
+    cache: CacheState
     hidden: jax.Array
     reused: tuple[int, ...]
 
@@ -106,7 +111,7 @@ class PromptCache:
 
     def __init__(
         self,
-        model: Any,
+        model: LanguageModel,
         spec: LayerSpec | Sequence[LayerSpec],
         *,
         max_bytes: int,
@@ -115,7 +120,7 @@ class PromptCache:
         """An empty prompt cache.
 
         Args:
-            model: see `LanguageModel`. Its weights must not change afterwards.
+            model: whose prompts they are. Its weights must not change afterwards.
             spec: of the cache that prompts are prefilled into, or one per layer. A sliding layer's
                 segments are smallest with `chunk` up to its window.
             max_bytes: the most that is kept on the host, in bytes of arrays. A longer prompt works,
@@ -131,7 +136,7 @@ class PromptCache:
         # Not the caller's list, which may change.
         self.spec = tuple(spec) if isinstance(spec, Sequence) else spec
         self._model = model
-        self._graph, self._params = split(model)
+        self._structure, self._params = split(model)
         self._weights = jax.tree.leaves(self._params)  # as they are now: the model may get others
         self._stats = Stats()
         self._nbytes = 0
@@ -179,7 +184,8 @@ class PromptCache:
         prompts: ArrayLike | Sequence[Sequence[int]],
         *,
         max_new_tokens: int = 1,
-        model: Any = None,
+        model: LanguageModel | None = None,
+        sharding: PartitionSpec | NamedSharding | None = None,
     ) -> Prefilled:
         """Puts prompts into a cache, computing only what is not stored; and stores that.
 
@@ -189,23 +195,40 @@ class PromptCache:
             prompts: token ids, one list per row, of any lengths; or an int array (B, T).
             max_new_tokens: as `generate` will be asked for: they must fit too.
             model: that will go on from there, to be sure that it is the same.
+            sharding: of the cache, as for `init_cache`. What is remembered is whole, on the host, and
+                serves other shardings too; their sums then may differ in the last bits.
 
         Raises:
             ValueError: for an empty prompt, an id outside the vocabulary, what does not fit the cache,
                 or another model, or weights that changed since this prompt cache was made.
         """
+        return self.prefill_for(
+            *split(self._model if model is None else model), prompts, max_new_tokens, sharding
+        )
+
+    def prefill_for(
+        self,
+        structure: ModelStructure,
+        params: Any,
+        prompts: ArrayLike | Sequence[Sequence[int]],
+        max_new_tokens: int,
+        sharding: PartitionSpec | NamedSharding | None = None,
+    ) -> Prefilled:
+        """`prefill` for a model that was `split` already: hashing it again would take longer."""
         tokens, lengths = pad_prompts(prompts, self._model.config.vocab_size)
-        self._check_model(self._model if model is None else model)
+        self._check_model(structure, params)
         batch, longest = tokens.shape
-        open_batch = partial(open_cache, self._model, self.spec, batch, longest, max_new_tokens)
-        jax.eval_shape(open_batch)  # refuses what does not fit, before anything is computed
+        unplaced = DecodeOptions.of(max_new_tokens=max_new_tokens, cache=self.spec)
+        options = dataclasses.replace(unplaced, sharding=sharding)
+        # Refuses what does not fit, before anything is computed.
+        jax.eval_shape(lambda: open_cache(self._model, unplaced, batch, longest))
         rows = [row[:length] for row, length in zip(tokens, lengths, strict=True)]
         if batch == 1:
-            reused, hidden, state = self._prefill_row(rows[0])
+            reused, hidden, state = self._prefill_row(rows[0], sharding)
             return Prefilled(state, hidden, (reused,))
-        state, lasts, found = open_batch(), [], []
+        (state, _), lasts, found = open_cache(self._model, options, batch, longest), [], []
         for index, row in enumerate(rows):
-            reused, hidden, single = self._prefill_row(row)
+            reused, hidden, single = self._prefill_row(row, of_one_row(sharding))
             state = insert(state, np.array([index]), single, donate=True)
             lasts.append(hidden)
             found.append(reused)
@@ -227,7 +250,7 @@ class PromptCache:
     def load(
         cls,
         folder: str | os.PathLike[str],
-        model: Any,
+        model: LanguageModel,
         spec: LayerSpec | Sequence[LayerSpec],
         *,
         max_bytes: int,
@@ -255,26 +278,25 @@ class PromptCache:
             loaded._nbytes += _nbytes(content)
         return loaded
 
-    def _check_model(self, model: Any) -> None:
+    def _check_model(self, structure: ModelStructure, params: Any) -> None:
         """Raises unless a model has the very weights that this prompt cache was made for."""
-        graph, params = split(model)
         ours, theirs = self._weights, jax.tree.leaves(params)
         same = len(ours) == len(theirs) and all(a is b for a, b in zip(ours, theirs, strict=True))
-        if not same or graph != self._graph:
+        if not same or structure != self._structure:
             raise ValueError(
                 "this prompt cache holds what another model computed, or its weights have changed "
                 "since; make a PromptCache(model, ...) for this one"
             )
 
-    def _prefill_row(self, tokens: np.ndarray) -> tuple[int, jax.Array, core.CacheState]:
+    def _prefill_row(self, tokens: np.ndarray, sharding: Any) -> tuple[int, jax.Array, CacheState]:
         """Tokens found, the last one's hidden state (1, E), and a state of one row."""
         names = list(self._names(tokens))
         path = self._find(names)
         self._use(path)
         found = [self._nodes[name].content for name in path]
         begin = self.chunk * len(path)
-        state = self._model.init_cache(self.spec, 1, ragged=True)
-        state = core.grow(state, max(begin, 1))
+        state = empty_cache(self._model, self.spec, 1, sharding=sharding)
+        state = verbs.grow(state, max(begin, 1))
         for content in found:
             state = join(state, content.segments)
         hidden = jnp.asarray(found[-1].hidden) if found else None
@@ -283,10 +305,10 @@ class PromptCache:
         for start in range(begin, len(tokens), self.chunk):
             part = tokens[start : start + self.chunk]
             # By and by, so that a chunk's program does not depend on what comes after it.
-            state = core.grow(state, start + len(part))
+            state = verbs.grow(state, start + len(part))
             length = np.array([len(part)], np.int32)
             hidden, state = prefill(
-                self._graph, self._params, state, part[None], length, self.chunk
+                self._structure, self._params, state, part[None], length, self.chunk
             )
             self._add(path, names, waiting)
             full = len(part) == self.chunk

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from flax import struct
 
-from lucid_jax.cache.segments import Segment
+from lucid_jax.cache.cut_and_join import Segment
 
 ROOT = ""  # the name of what comes before every prompt
 

@@ -17,15 +17,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lucid_jax import sealed
-from lucid_jax.cache.segments import cut
+from lucid_jax.cache.codecs import bits_dtype
+from lucid_jax.cache.cut_and_join import cut
 from lucid_jax.decode.prompt_chunks import ROOT, Content, name_of
-from lucid_jax.files import CacheFileError, describe
-from lucid_jax.sealed import Mismatch, short
+from lucid_jax.decode.storage import empty_cache
+from lucid_jax.io import checked_file
+from lucid_jax.io.checked_file import Mismatch, short
+from lucid_jax.io.description import describe, leaves_by_path
+from lucid_jax.io.files import CacheFileError
 
 _INDEX = "index.json"
 _FORMAT, _VERSION = "lucid_jax.prompts", 1
-_KIND = sealed.Kind(_FORMAT, "1", "file of a prompt cache", written_by="PromptCache.save")
+_KIND = checked_file.Kind(_FORMAT, "1", "file of a prompt cache", written_by="PromptCache.save")
 
 
 def write(
@@ -47,14 +50,14 @@ def write(
         file = _file(about, name)
         if not (folder / file).exists():
             config = _config(about, name, parent)
-            sealed.write(folder / file, _KIND, config, _named(_bits(content)))
+            checked_file.write(folder / file, _KIND, config, leaves_by_path(_bits(content)))
     index = {
         "format": _FORMAT,
         "version": _VERSION,
         "about": about,
         "chunks": [[name, parent] for name, parent, _ in nodes],
     }
-    with sealed.replacing(folder / _INDEX) as temporary:
+    with checked_file.replacing(folder / _INDEX) as temporary:
         temporary.write_text(json.dumps(index, indent=1), "utf-8")
     for file in before - {_file(about, name) for name, _, _ in nodes}:
         (folder / file).unlink(missing_ok=True)
@@ -101,25 +104,32 @@ def _chunks(
 
 
 def _content(source: Path, config: str, like: Content) -> Content:
-    stored = _named(_bits(like))
+    stored = leaves_by_path(_bits(like))
 
-    def expected(found: str, _: int) -> dict[str, Any]:
+    def expected(found: str, *_: Any) -> dict[str, Any]:
         if found != config:
             raise Mismatch(f"expected a chunk described as {short(config)}, got {short(found)}")
         return stored
 
-    tensors = sealed.read(source, _KIND, expected)
-    content: Content = jax.tree.unflatten(jax.tree.structure(like), list(tensors.values()))
-    return content.replace(hidden=content.hidden.view(like.hidden.dtype))
+    tensors = checked_file.read(source, _KIND, expected)
+    leaves, structure = jax.tree.flatten(like)
+    content: Content = jax.tree.unflatten(
+        structure, [x.view(leaf.dtype) for x, leaf in zip(tensors.values(), leaves, strict=True)]
+    )
+    return content
 
 
 # --- what a folder is of ---------------------------------------------------------------------------
 
 
 def _about(model: Any, spec: Any, chunk: int) -> dict[str, Any]:
-    state = jax.eval_shape(lambda: model.init_cache(spec, 1, ragged=True))
-    cache = json.dumps(describe(state), default=lambda number: number.item())  # NumPy's
-    return {"model": _model_digest(model), "cache": json.loads(cache), "chunk": chunk}
+    state = jax.eval_shape(lambda: empty_cache(model, spec, 1))
+    text = json.dumps(describe(state), default=lambda number: number.item())  # NumPy's
+    cache = json.loads(text)
+    for layer in cache["layers"]:
+        if layer["spec"]["codec"] == {"class": "Bits"}:  # the same bits: a file is of no backend
+            layer["spec"]["codec"] = {"class": "Identity"}
+    return {"model": _model_digest(model), "cache": cache, "chunk": chunk}
 
 
 def _check_about(found: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -172,7 +182,7 @@ def _abstract(model: Any, spec: Any, chunk: int) -> Content:
     """The shapes and dtypes of a chunk."""
 
     def build() -> Content:
-        state = model.init_cache(spec, 1, ragged=True)
+        state = empty_cache(model, spec, 1)
         hidden = model.hidden(jnp.zeros((1, 1), jnp.int32))[0][:, 0]
         return Content(jnp.zeros(chunk, jnp.int32), hidden, cut(state, chunk))
 
@@ -231,20 +241,18 @@ def _config(about: dict[str, Any], name: str, parent: str) -> str:
 
 
 def _bits(content: Content) -> Content:
-    """The chunk with its hidden state as unsigned integers, which files hold whatever its dtype."""
-    hidden: Any = content.hidden
-    bits = np.dtype(f"uint{8 * hidden.dtype.itemsize}")
-    if isinstance(hidden, jax.ShapeDtypeStruct):
-        return content.replace(hidden=jax.ShapeDtypeStruct(hidden.shape, bits))
-    return content.replace(hidden=hidden.view(bits))
+    """The chunk with floats as unsigned integers, which files hold whatever their dtype.
 
+    The hidden state always, the cache's where they are narrow.
+    """
 
-def _named(content: Content) -> dict[str, Any]:
-    """Arrays by their path, such as "segments.0.key.codes", in the order of the tree."""
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="."): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(content)
-    }
+    def view(leaf: Any, dtype: np.dtype) -> Any:
+        abstract = isinstance(leaf, jax.ShapeDtypeStruct)
+        return jax.ShapeDtypeStruct(leaf.shape, dtype) if abstract else leaf.view(dtype)
+
+    hidden = view(content.hidden, np.dtype(f"uint{8 * content.hidden.dtype.itemsize}"))
+    narrow = jax.tree.map(lambda leaf: view(leaf, bits_dtype(leaf.dtype)), content)
+    return narrow.replace(hidden=hidden)
 
 
 def _refusal(source: Path, error: Mismatch) -> CacheFileError:

@@ -10,6 +10,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +38,10 @@ class Sampling:
 
     def __post_init__(self) -> None:
         checks = {
-            "temperature": (0 <= self.temperature < float("inf"), "a finite number >= 0"),
+            "temperature": (
+                self.temperature == 0 or _positive(self.temperature),
+                "0 or a finite, positive float32",
+            ),
             "top_k": (
                 isinstance(self.top_k, int)
                 and not isinstance(self.top_k, bool)
@@ -47,8 +51,8 @@ class Sampling:
             "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
             "min_p": (0 <= self.min_p <= 1, "in [0, 1]"),
             "repetition_penalty": (
-                0 < self.repetition_penalty < float("inf"),
-                "a finite number > 0",
+                _positive(self.repetition_penalty),
+                "a finite, positive float32",
             ),
         }
         for name, (ok, expected) in checks.items():
@@ -59,6 +63,12 @@ class Sampling:
     def remembers(self) -> bool:
         """Whether choosing needs to know which tokens occurred already."""
         return self.repetition_penalty != 1
+
+
+def _positive(number: float) -> bool:
+    """Whether a number divides as a float32: not 0 there, and not infinite."""
+    with np.errstate(all="ignore"):
+        return bool(0 < np.float32(number) < np.inf)
 
 
 def sample(

@@ -10,20 +10,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from functools import partial
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import struct
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
-from lucid_jax.cache import state as core
-from lucid_jax.cache.checks import check_count
-from lucid_jax.cache.layer import LayerSpec
-from lucid_jax.cache.tree import check_tree_layers, keep_path, tree_mask
-from lucid_jax.decode.acceptance import accept_greedy, accept_sampled, accept_tree
+from lucid_jax.cache import introspection, verbs
+from lucid_jax.cache.argument_checks import check_count
+from lucid_jax.cache.layouts.base import LayerSpec
+from lucid_jax.cache.state import CacheState
+from lucid_jax.cache.tree import check_tree_layers
 from lucid_jax.decode.drafts import (
     Drafter,
     ModelDrafter,
@@ -32,19 +30,19 @@ from lucid_jax.decode.drafts import (
     Text,
     Tree,
     TreeDrafter,
-    filter_places,
 )
-from lucid_jax.decode.generation import (
-    Generation,
-    as_stops,
-    open_cache,
-    pad_prompts,
-    power_of_two,
-    prefill,
-    seen_tokens,
+from lucid_jax.decode.generation import Generation
+from lucid_jax.decode.language_model import LanguageModel, ModelStructure, split
+from lucid_jax.decode.options import DecodeOptions
+from lucid_jax.decode.prefill import open_cache, prefill, room_for
+from lucid_jax.decode.prompts import pad_prompts, seen_tokens
+from lucid_jax.decode.sampling import Sampling
+from lucid_jax.decode.speculation_loop import (
+    SpeculationLoop,
+    SpeculationSetup,
+    decode_rounds,
+    start_rounds,
 )
-from lucid_jax.decode.graph import Graph, split
-from lucid_jax.decode.sampling import Sampling, sample
 from lucid_jax.decode.topology import Topology
 
 
@@ -68,43 +66,11 @@ class Speculation(Generation):
         return float(self.accepted.sum() / max(int(self.proposed.sum()), 1))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Setup:
-    """What the compiled loop is specialised to."""
-
-    graph: Graph  # of the target
-    drafter: Drafter
-    sampling: Sampling
-    stops: tuple[int, ...]
-
-
-@struct.dataclass
-class _Loop:
-    """What the compiled loop carries from round to round."""
-
-    cache: core.CacheState
-    draft_cache: core.CacheState | None
-    history: jax.Array  # int32 (B, S): prompts and new tokens
-    filled: jax.Array  # int32 (B,): tokens of each row; the last one is not in the cache
-    limit: jax.Array  # int32 (B,): most tokens of each row
-    done: jax.Array  # bool (B,)
-    seen: jax.Array | None  # bool (B, V), for the repetition penalty
-    rounds: jax.Array  # int32 (B,)
-    proposed: jax.Array  # int32 (B,)
-    accepted: jax.Array  # int32 (B,)
-    key: jax.Array
-
-    if TYPE_CHECKING:
-
-        def replace(self, **updates: Any) -> Self:
-            """A copy with some fields changed; flax adds it."""
-
-
 def speculate(
-    model: Any,
+    model: LanguageModel,
     prompts: ArrayLike | Sequence[Sequence[int]],
     *,
-    draft: Any,
+    draft: LanguageModel | NGram | Tree,
     max_new_tokens: int,
     draft_tokens: int = 4,
     cache: LayerSpec | Sequence[LayerSpec] | None = None,
@@ -113,6 +79,7 @@ def speculate(
     seed: int = 0,
     stop_tokens: Sequence[int] = (),
     prefill_chunk: int = 512,
+    sharding: PartitionSpec | NamedSharding | None = None,
 ) -> Speculation:
     """Continues each prompt as `generate` does, in fewer passes of the model.
 
@@ -135,6 +102,7 @@ def speculate(
         seed: of the random choices. A row's draws depend on (seed, row, round) alone.
         stop_tokens: ids that end a row.
         prefill_chunk: as for `generate`.
+        sharding: as for `generate`, of both caches.
 
     Returns:
         The new tokens, how many each row has, the target's cache, and how many drafts were accepted.
@@ -152,56 +120,66 @@ def speculate(
         >>> result.lengths.tolist(), result.rounds.tolist(), result.acceptance
         ([11], [2], 1.0)
     """
-    check_count(max_new_tokens, "max_new_tokens", 1)
-    check_count(prefill_chunk, "prefill_chunk", 1)
-    sampling = Sampling() if sampling is None else sampling
-    stops = as_stops(stop_tokens)
-    drafter, draft_model, draft_params = _drafter(model, draft, draft_tokens, sampling)
+    options = DecodeOptions.of(
+        max_new_tokens=max_new_tokens,
+        cache=cache,
+        sampling=sampling,
+        seed=seed,
+        stop_tokens=stop_tokens,
+        prefill_chunk=prefill_chunk,
+        sharding=sharding,
+    )
+    drafter, draft_model, draft_params = _drafter(model, draft, draft_tokens, options.sampling)
     if draft_model is None and draft_cache is not None:
         raise ValueError("NGram() has no model, so no draft_cache; leave it out")
     tokens, lengths = pad_prompts(prompts, model.config.vocab_size)
-    batch, longest = tokens.shape
     spare = 0 if drafter.tree is None else drafter.tree.nodes - drafter.tree.depth
 
     def prefilled(
-        one: Any, graph: Graph, params: Any, spec: Any, name: str
-    ) -> tuple[jax.Array, core.CacheState]:
-        state = open_cache(
-            one, spec, batch, longest, max_new_tokens, spare=spare, slack=drafter.width
-        )
+        one: LanguageModel, structure: ModelStructure, params: Any, spec: Any, name: str
+    ) -> tuple[jax.Array, CacheState]:
+        own = dataclasses.replace(options, cache=spec)
+        state, room = open_cache(one, own, *tokens.shape, spare=spare, slack=drafter.width)
         _check_can_take_back(state, drafter, name)
-        return prefill(graph, params, state, tokens, lengths, prefill_chunk)
+        return prefill(structure, params, state, tokens, lengths, options.prefill_chunk, room)
 
-    graph, params = split(model)
-    last, state = prefilled(model, graph, params, cache, "cache")
+    structure, params = split(model)
+    last, state = prefilled(model, structure, params, cache, "cache")
     draft_state = None
-    if isinstance(drafter, ModelDrafter | TreeDrafter):
+    if draft_model is not None and isinstance(drafter, ModelDrafter | TreeDrafter):
         _, draft_state = prefilled(
-            draft_model, drafter.graph, draft_params, draft_cache, "draft_cache"
+            draft_model, drafter.structure, draft_params, draft_cache, "draft_cache"
         )
-    setup = _Setup(graph, drafter, sampling, stops)
-    loop = _start(
-        setup, params, state, draft_state, last, _history(tokens, max_new_tokens), lengths,
-        np.int32(max_new_tokens), seen_tokens(tokens, lengths, model, sampling),
-        jax.random.key(seed),
-    )  # fmt: skip
+    setup = SpeculationSetup(structure, drafter, options.sampling, options.stops)
+    need = tokens.shape[1] + options.max_new_tokens - 1 + spare
+    text = Text(
+        history=_with_room_for(tokens, need),
+        filled=lengths,
+        left=np.full_like(lengths, options.max_new_tokens),
+        seen=seen_tokens(tokens, lengths, model, options.sampling),
+    )
+    loop = start_rounds(
+        setup, params, (state, draft_state), text, last, jax.random.key(options.seed)
+    )
+    return _result(_finished(setup, (params, draft_params), loop, need), lengths, max_new_tokens)
 
-    need = tokens.shape[1] + max_new_tokens - 1 + spare
+
+def _finished(
+    setup: SpeculationSetup, params: Any, loop: SpeculationLoop, need: int
+) -> SpeculationLoop:
+    """Goes on until all rows are done; caches that can grow do so between calls."""
     while not bool(np.all(loop.done)):
-        loop, stop_at = _with_room(loop, need, drafter.width)
-        loop = _decode(setup, (params, draft_params), loop, stop_at)
+        loop, stop_at = _grown(loop, need, setup.drafter.width)
+        loop = decode_rounds(setup, params, loop, stop_at)
         for one in (loop.cache, loop.draft_cache):
             if one is not None:
-                core.check_overflow(one)
-    return _result(loop, lengths, max_new_tokens)
-
-
-# --- the host's part -------------------------------------------------------------------------------
+                introspection.check_overflow(one)
+    return loop
 
 
 def _drafter(
-    model: Any, draft: Any, draft_tokens: int, sampling: Sampling
-) -> tuple[Drafter, Any | None, Any]:
+    model: LanguageModel, draft: Any, draft_tokens: int, sampling: Sampling
+) -> tuple[Drafter, LanguageModel | None, Any]:
     """What drafts in the compiled loop, the model that it needs a cache for, and its parameters."""
     width = check_count(draft_tokens, "draft_tokens", 1)
     if isinstance(draft, NGram):
@@ -216,9 +194,9 @@ def _drafter(
             f"the draft must have the model's vocabulary of {model.config.vocab_size} tokens, got "
             f"{draft_model.config.vocab_size}; use a draft made with the same tokenizer"
         )
-    graph, params = split(draft_model)
+    structure, params = split(draft_model)
     if not isinstance(draft, Tree):
-        return ModelDrafter(graph, width), draft_model, params
+        return ModelDrafter(structure, width), draft_model, params
     if sampling.temperature > 0:
         raise ValueError(
             "a tree of drafts decodes greedily; use temperature=0, or a chain: draft=model"
@@ -240,10 +218,10 @@ def _drafter(
             f"the children of a node are different tokens, of {model.config.vocab_size}, got "
             f"branching={tree.branching}; use fewer"
         )
-    return TreeDrafter(graph, tree), draft_model, params
+    return TreeDrafter(structure, tree), draft_model, params
 
 
-def _check_can_take_back(state: core.CacheState, drafter: Drafter, name: str) -> None:
+def _check_can_take_back(state: CacheState, drafter: Drafter, name: str) -> None:
     if drafter.tree is not None:
         check_tree_layers(state)
         sizes = {layer.capacity for layer in state.layers}
@@ -252,7 +230,8 @@ def _check_can_take_back(state: core.CacheState, drafter: Drafter, name: str) ->
                 f"a tree of drafts needs layers of one capacity, got {sorted(sizes)} in {name}="
             )
         return
-    for index, layer in zip(state.owners, state.layers, strict=True):
+    for stored, layer in zip(state.each_stack, state.layers, strict=True):
+        index = state.owners[stored[0]]
         if layer.lookback is not None and layer.lookback < drafter.width:
             raise ValueError(
                 f"layer {index} of {name}= is {layer.spec}, which can take back {layer.lookback} "
@@ -261,18 +240,19 @@ def _check_can_take_back(state: core.CacheState, drafter: Drafter, name: str) ->
             )
 
 
-def _history(tokens: np.ndarray, max_new_tokens: int) -> np.ndarray:
-    """Prompts with room for new tokens: a power of two, so that few shapes are compiled."""
+def _with_room_for(tokens: np.ndarray, need: int) -> np.ndarray:
+    """Prompts with room for new tokens: as the default cache has, so that few shapes are compiled."""
     rows, longest = tokens.shape
-    history = np.zeros((rows, power_of_two(longest + max_new_tokens)), np.int32)
+    # One more, as the last token is in no cache.
+    history = np.zeros((rows, room_for(need) + 1), np.int32)
     history[:, :longest] = tokens
     return history
 
 
-def _with_room(loop: _Loop, need: int, width: int) -> tuple[_Loop, np.int32]:
+def _grown(loop: SpeculationLoop, need: int, width: int) -> tuple[SpeculationLoop, np.int32]:
     """The loop with room for a round at least, and up to how many tokens a row may start one."""
 
-    def bound(loop: _Loop) -> int:
+    def bound(loop: SpeculationLoop) -> int:
         states = [state for state in (loop.cache, loop.draft_cache) if state is not None]
         room = [layer.capacity for s in states for layer in s.layers if layer.bounded]
         smallest = min(room, default=need)
@@ -283,14 +263,14 @@ def _with_room(loop: _Loop, need: int, width: int) -> tuple[_Loop, np.int32]:
         # No more than rows can come to need: layers of fixed size beside them have just that.
         slots = min(longest + width, need)
         grown = [
-            None if state is None else core.grow(state, slots)
+            None if state is None else verbs.grow(state, slots)
             for state in (loop.cache, loop.draft_cache)
         ]
         loop = loop.replace(cache=grown[0], draft_cache=grown[1])
     return loop, np.int32(bound(loop))
 
 
-def _result(loop: _Loop, lengths: np.ndarray, max_new_tokens: int) -> Speculation:
+def _result(loop: SpeculationLoop, lengths: np.ndarray, max_new_tokens: int) -> Speculation:
     produced = np.array(loop.filled) - lengths
     tokens = np.zeros((len(lengths), max_new_tokens), np.int32)
     for row, text, start, count in zip(
@@ -305,145 +285,3 @@ def _result(loop: _Loop, lengths: np.ndarray, max_new_tokens: int) -> Speculatio
         proposed=np.array(loop.proposed),
         accepted=np.array(loop.accepted),
     )
-
-
-# --- the device's part -----------------------------------------------------------------------------
-
-
-@partial(jax.jit, static_argnums=0, donate_argnums=(2, 3))
-def _start(
-    setup: _Setup,
-    params: Any,
-    cache: core.CacheState,
-    draft_cache: core.CacheState | None,
-    last: jax.Array,
-    history: jax.Array,
-    lengths: jax.Array,
-    max_new_tokens: jax.Array,
-    seen: jax.Array | None,
-    key: jax.Array,
-) -> _Loop:
-    """Chooses the token after the prompt, as `generate` does, from its last hidden state (B, E)."""
-    none = jnp.zeros_like(lengths)
-    loop = _Loop(
-        cache=cache,
-        draft_cache=draft_cache,
-        history=history,
-        filled=lengths,
-        limit=lengths + max_new_tokens,
-        done=none > 0,
-        seen=seen,
-        rounds=none,
-        proposed=none,
-        accepted=none,
-        key=key,
-    )
-    logits = setup.graph.merge(params).logits(last[:, None])[:, 0]
-    token = sample(logits, jax.random.fold_in(loop.key, 0), setup.sampling, loop.seen)
-    return _add(setup, loop, token[:, None], jnp.ones_like(loop.filled))[0]
-
-
-def _add(
-    setup: _Setup, loop: _Loop, tokens: jax.Array, counts: jax.Array
-) -> tuple[_Loop, jax.Array]:
-    """Adds the first `counts` (B,) of tokens (B, P) to each row, up to a stop token; and how many."""
-    place = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-    added = place < counts[:, None]
-    ended = jnp.zeros_like(loop.done)
-    if setup.stops:
-        stop = added & jnp.isin(tokens, jnp.array(setup.stops, jnp.int32))
-        ended = jnp.any(stop, axis=1)
-        first = jnp.argmax(stop, axis=1).astype(jnp.int32)
-        counts = jnp.where(ended, first + 1, counts)
-        added = place < counts[:, None]
-    size = loop.history.shape[1]
-    target = jnp.where(added, loop.filled[:, None] + place, size)
-    put = jax.vmap(lambda row, at, new: row.at[at].set(new, mode="drop"))
-    seen = loop.seen
-    if seen is not None:
-        mark = jax.vmap(lambda row, new: row.at[new].set(True, mode="drop"))
-        seen = mark(seen, jnp.where(added, tokens, seen.shape[1]))
-    filled = loop.filled + counts
-    loop = loop.replace(
-        history=put(loop.history, target, tokens),
-        filled=filled,
-        done=loop.done | ended | (filled >= loop.limit),
-        seen=seen,
-    )
-    return loop, counts
-
-
-@partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _decode(setup: _Setup, params: Any, loop: _Loop, stop_at: jax.Array) -> _Loop:
-    """Decodes until all rows are done, or one has more than `stop_at` tokens before a round."""
-
-    def going(loop: _Loop) -> jax.Array:
-        longest = jnp.max(jnp.where(loop.done, 0, loop.filled))
-        return ~jnp.all(loop.done) & (longest <= stop_at)
-
-    return jax.lax.while_loop(going, partial(_round, setup, params), loop)
-
-
-def _round(setup: _Setup, params: Any, loop: _Loop) -> _Loop:
-    """Drafts, verifies, keeps what holds."""
-    drafter, sampling = setup.drafter, setup.sampling
-    target = setup.graph.merge(params[0])
-    live = ~loop.done
-    left = jnp.where(live, loop.limit - loop.filled, 0)
-    text = Text(loop.history, loop.filled, left, loop.seen)
-    draft_keys, keys = _round_keys(loop)
-    proposal, draft_cache = drafter.propose(params[1], loop.draft_cache, text, draft_keys, sampling)
-
-    token = text.at(loop.filled[:, None] - 1)
-    chunk = jnp.concatenate([token, proposal.tokens], axis=1)
-    fed = jnp.where(live, proposal.counts + 1, 0)
-    options: dict[str, Any] = {}
-    tree = drafter.tree
-    if tree is not None:
-        options["positions"] = loop.filled[:, None] - 1 + jnp.asarray(tree.depths[None])
-        options["mask"] = tree_mask(tree.sees, loop.filled - 1, core.capacity(loop.cache))
-    hidden, cache = target.hidden(chunk, loop.cache, lengths=fed, **options)
-    logits = filter_places(target.logits(hidden), sampling, _seen_along(loop.seen, chunk, tree))
-
-    path = None
-    if tree is not None:
-        tokens, accepted, path = accept_tree(logits, proposal.tokens, proposal.counts, tree)
-    elif proposal.probs is None:
-        tokens, accepted = accept_greedy(logits, proposal.tokens, proposal.counts)
-    else:
-        tokens, accepted = accept_sampled(
-            logits, proposal.probs, proposal.tokens, proposal.counts, keys
-        )
-    after, kept = _add(setup, loop, tokens, jnp.where(live, accepted + 1, 0))
-    # The latest token stays out of the cache, but the one before the drafts is in it now.
-    cache = core.rollback(cache, fed - kept) if path is None else keep_path(cache, fed, path, kept)
-    return after.replace(
-        cache=cache,
-        draft_cache=drafter.settle(draft_cache, text, after.filled, path),
-        rounds=loop.rounds + live.astype(jnp.int32),
-        proposed=loop.proposed + jnp.where(live, proposal.counts, 0),
-        accepted=loop.accepted + jnp.minimum(accepted, kept),
-    )
-
-
-def _round_keys(loop: _Loop) -> tuple[jax.Array, jax.Array]:
-    """Keys of this round for the draft and for the acceptance, (B,) each, one stream a row."""
-    rows = jnp.arange(loop.filled.shape[0], dtype=jnp.uint32)
-
-    def of_row(row: jax.Array, rounds: jax.Array) -> jax.Array:
-        return jax.random.split(jax.random.fold_in(jax.random.fold_in(loop.key, rounds + 1), row))
-
-    draft, accept = jnp.swapaxes(jax.vmap(of_row)(rows, loop.rounds), 0, 1)
-    return draft, accept
-
-
-def _seen_along(
-    seen: jax.Array | None, chunk: jax.Array, tree: Topology | None
-) -> jax.Array | None:
-    """What was seen at each place of a chunk (B, T), itself included: bool (B, T, V)."""
-    if seen is None:
-        return None
-    places = chunk.shape[1]
-    sees = np.tri(places, dtype=bool) if tree is None else tree.sees
-    new = jax.nn.one_hot(chunk, seen.shape[1])
-    return seen[:, None] | (jnp.einsum("tm,bmv->btv", sees.astype(np.float32), new) > 0)

@@ -7,7 +7,7 @@ from functools import cached_property
 
 import numpy as np
 
-from lucid_jax.cache.checks import check_count
+from lucid_jax.cache.argument_checks import check_count
 
 
 @dataclasses.dataclass(frozen=True)

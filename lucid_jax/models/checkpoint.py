@@ -15,6 +15,7 @@ import safetensors.numpy
 from flax import nnx
 from jax.typing import DTypeLike
 
+from lucid_jax.io.checked_file import replacing
 from lucid_jax.models.config import ModelConfig, one_or_several, read_object
 from lucid_jax.models.t5 import T5
 from lucid_jax.models.t5_config import T5Config
@@ -27,7 +28,6 @@ from lucid_jax.models.weights import (
     stored_name,
     stored_tensors,
 )
-from lucid_jax.sealed import replacing
 
 if TYPE_CHECKING:
     from lucid_jax.models.tokenizer import Tokenizer  # needs the text extra
@@ -36,7 +36,11 @@ _CONFIG, _GENERATION, _TOKENIZER = "config.json", "generation_config.json", "tok
 
 
 def load_pretrained(
-    directory: Path | str, dtype: DTypeLike = jnp.float32, *, rope_by_place: bool = False
+    directory: Path | str,
+    dtype: DTypeLike = jnp.float32,
+    *,
+    rope_by_place: bool = False,
+    scan_layers: bool = False,
 ) -> tuple[Transformer | T5, Tokenizer | None]:
     """Reads a checkpoint folder as it comes from the Hugging Face hub.
 
@@ -49,6 +53,7 @@ def load_pretrained(
         become the config's.
       dtype: dtype of the parameters and of the computation, whatever the files store.
       rope_by_place: see `Transformer`.
+      scan_layers: see `Transformer`.
 
     Returns:
       The model, and its tokenizer, or None if the folder has no tokenizer.json.
@@ -68,12 +73,20 @@ def load_pretrained(
     if isinstance(config, T5Config):
         if rope_by_place:
             raise ValueError("rope_by_place=True is for rotary positions, and T5 has none; drop it")
+        if scan_layers:
+            raise ValueError(
+                "scan_layers=True is for decoder-only models, and this is a T5; drop it"
+            )
         return load_t5(folder, config, dtype), tokenizer
     # Abstract: the shapes to fill, without drawing random weights first.
     param_dtype = jnp.dtype(dtype)
     model = nnx.eval_shape(
         lambda: Transformer(
-            config, param_dtype=param_dtype, rope_by_place=rope_by_place, rngs=nnx.Rngs(0)
+            config,
+            param_dtype=param_dtype,
+            rope_by_place=rope_by_place,
+            scan_layers=scan_layers,
+            rngs=nnx.Rngs(0),
         )
     )
     load_weights(model, folder, param_dtype)
@@ -85,6 +98,7 @@ def load_model(
     dtype: DTypeLike = jnp.float32,
     *,
     rope_by_place: bool = False,
+    scan_layers: bool = False,
 ) -> tuple[Transformer, Tokenizer]:
     """`load_pretrained` for text: by default the small model that ships with the package.
 
@@ -92,6 +106,7 @@ def load_model(
       directory: as for `load_pretrained`, tokenizer.json included.
       dtype: as for `load_pretrained`.
       rope_by_place: as for `load_pretrained`.
+      scan_layers: as for `load_pretrained`.
 
     Returns:
       The model and its tokenizer.
@@ -102,7 +117,9 @@ def load_model(
     folder = embedded_model_path() if directory is None else Path(directory)
     _need(folder, _CONFIG)
     _need(folder, _TOKENIZER)
-    model, tokenizer = load_pretrained(folder, dtype, rope_by_place=rope_by_place)
+    model, tokenizer = load_pretrained(
+        folder, dtype, rope_by_place=rope_by_place, scan_layers=scan_layers
+    )
     if not isinstance(model, Transformer):
         raise CheckpointError(
             f"{folder} holds an encoder-decoder, which continues no text by itself; read it with "

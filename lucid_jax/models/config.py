@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lucid_jax.attention.rope import SCALINGS, Rope, Scaling, YarnScaling, is_positive
+from lucid_jax.attention.rope import SCALINGS, Rope, Scaling, is_positive
 from lucid_jax.models.families import FAMILIES, Family
+from lucid_jax.models.rope_config import ROPE_THETA, read_rope
 
 # A config.json must name these; our defaults for them are those of the embedded model.
 _REQUIRED = (
@@ -95,7 +96,7 @@ class ModelConfig:
     num_attention_heads: int = 8
     num_key_value_heads: int | None = None
     head_dim: int | None = None
-    rope_theta: float = 10000.0
+    rope_theta: float = ROPE_THETA
     rms_norm_eps: float = 1e-5
     max_position_embeddings: int = 512
     tie_word_embeddings: bool = True
@@ -279,7 +280,7 @@ class ModelConfig:
             if fields.get("intermediate_size") is None and isinstance(width, int):
                 fields["intermediate_size"] = 4 * width
         else:
-            fields |= _read_rope(values, fields)
+            fields |= read_rope(values, fields)
         missing = [family.keys.get(name, name) for name in _REQUIRED if name not in fields]
         if missing:
             raise ValueError(f"config.json lacks {', '.join(missing)}")
@@ -366,80 +367,6 @@ def _read_windows(
     if types is not None and not isinstance(types, list):
         raise ValueError(f"layer_types must be a list, got {types!r}")
     return {"sliding_window": window, "layer_types": None if types is None else tuple(types)}
-
-
-def _read_rope(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """`rope_theta`, `rope_scaling` and `rope_local_theta`, from old keys or new."""
-    new, old = _table(values, "rope_parameters"), _table(values, "rope_scaling")
-    nested = _FULL in new or _SLIDING in new
-    local = _table(new, _SLIDING) if nested else {}
-    table = _table(new, _FULL) if nested else {**old, **new}
-    fallback = values.get("rope_theta", defaults.get("rope_theta", ModelConfig.rope_theta))
-    length = defaults["max_position_embeddings"]
-    if _scaling(local, length) is not None:
-        raise ValueError(
-            f"config.json stretches the rotary positions of layers with a window ({local!r}); only "
-            "those of the other layers can be"
-        )
-    fields = {
-        "rope_theta": table.get("rope_theta", fallback),
-        "rope_scaling": _scaling(table, length),
-    }
-    if nested or "rope_local_theta" in defaults:
-        fallback = values.get("rope_local_base_freq", defaults.get("rope_local_theta", fallback))
-        fields["rope_local_theta"] = local.get("rope_theta", fallback)
-    return fields
-
-
-def _table(values: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """An object in another; an empty one if it is missing or null."""
-    table = values.get(key)
-    if table is not None and not isinstance(table, dict):
-        raise ValueError(f"config.json must have an object as {key}, got {table!r}")
-    return table or {}
-
-
-def _scaling(table: Mapping[str, Any], length: Any) -> Scaling | None:
-    """The scaling that a `rope_scaling` or `rope_parameters` describes."""
-    kind = table.get("rope_type", table.get("type", "default"))
-    given = {
-        key: value
-        for key, value in table.items()
-        if key not in ("rope_type", "type", "rope_theta") and value is not None
-    }
-    if given.pop("partial_rotary_factor", 1) != 1:
-        raise ValueError("config.json has partial_rotary_factor; only whole heads can be rotated")
-    if kind == "default":
-        return None
-    if not isinstance(kind, str) or kind not in SCALINGS:
-        raise ValueError(
-            f"config.json has rope_type={kind!r}; supported are default, {', '.join(SCALINGS)}"
-        )
-    wanted = [field.name for field in dataclasses.fields(SCALINGS[kind])]
-    if "original_max_position_embeddings" in wanted:
-        given.setdefault("original_max_position_embeddings", length)
-    else:  # some writers note it for every kind
-        given.pop("original_max_position_embeddings", None)
-    if kind == "yarn":
-        both = given.pop("mscale", None), given.pop("mscale_all_dim", None)
-        if not all(x is None or is_positive(x) for x in both):
-            raise ValueError(f"mscale and mscale_all_dim must be positive numbers, got {both}")
-        if all(both) and "attention_factor" not in given and "factor" in given:
-            plain = YarnScaling(given["factor"], length).attention_scale - 1
-            top, bottom = (1 + plain * m for m in both)  # DeepSeek's: the ratio of two scales
-            given["attention_factor"] = top / bottom
-    unknown = sorted(set(given) - set(wanted))
-    if unknown:
-        raise ValueError(
-            f"config.json has {', '.join(unknown)} for rope_type={kind!r}; supported are "
-            f"{', '.join(wanted)}"
-        )
-    try:
-        return SCALINGS[kind](**given)
-    except TypeError as error:
-        raise ValueError(
-            f"config.json has rope_type={kind!r} with {sorted(given)}; it needs {wanted}"
-        ) from error
 
 
 def _check_positive(name: str, value: Any) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,16 +16,37 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lucid_jax.cache.checks import check_count
-from lucid_jax.cache.layer import LayerSpec
-from lucid_jax.cache.state import CacheState, check_overflow, with_room
-from lucid_jax.models.corpus import Document
+from lucid_jax.cache.argument_checks import check_count
+from lucid_jax.cache.introspection import check_overflow
+from lucid_jax.cache.layouts.base import LayerSpec
+from lucid_jax.cache.state import CacheState
+from lucid_jax.cache.verbs import with_room
+from lucid_jax.decode.storage import empty_cache
 from lucid_jax.models.transformer import Transformer
 
 if TYPE_CHECKING:
     from lucid_jax.models.tokenizer import Tokenizer  # needs the text extra
 
 Evict = Callable[[CacheState], CacheState]
+
+
+@dataclass(frozen=True)
+class Document:
+    """What one source says on one subject; its kind is "file", or one of the corpus's."""
+
+    kind: str
+    subject: str
+    text: str
+
+    @property
+    def name(self) -> str:
+        """`kind:subject`, unique in a corpus and stable across runs."""
+        return f"{self.kind}:{self.subject}"
+
+
+def num_bytes(documents: Sequence[Document]) -> int:
+    """The UTF-8 size of the texts."""
+    return sum(len(d.text.encode()) for d in documents)
 
 
 def pack(tokenizer: Tokenizer, documents: Sequence[Document]) -> np.ndarray:
@@ -69,7 +91,7 @@ def bits_per_byte(
     chunk = (
         context if chunk is None or cache is None else min(check_count(chunk, "chunk", 1), context)
     )
-    graph, params = nnx.split(model)
+    structure, params = nnx.split(model)
     targets = len(stream) - 1
     windows = -(-targets // context)
     rows = min(rows, windows)
@@ -79,15 +101,19 @@ def bits_per_byte(
     nats = 0.0
     for first in range(0, windows_padded, rows):
         starts = np.arange(first, first + rows)[:, None] * context
-        state = None if cache is None else _roomy(model.init_cache(cache, rows), context)
+        state = (
+            None
+            if cache is None
+            else _roomy(empty_cache(model, cache, rows, ragged=False), context)
+        )
         for begin in range(0, context, chunk):
             indices = starts + np.arange(begin, min(begin + chunk, context) + 1)
             mask = indices[:, 1:] <= targets
             inputs = padded[np.minimum(indices, len(padded) - 1)]
             if state is None:
-                total = _plain_nats(graph, params, inputs, mask)
+                total = _plain_nats(structure, params, inputs, mask)
             else:
-                total, state = _cached_nats(graph, params, state, inputs, mask, evict)
+                total, state = _cached_nats(structure, params, state, inputs, mask, evict)
             nats += float(total)
         if state is not None:
             check_overflow(state)
@@ -106,18 +132,18 @@ def _nats(logits: jax.Array, tokens: Any, mask: Any) -> jax.Array:
 
 
 @partial(jax.jit, static_argnums=0)
-def _plain_nats(graph: nnx.GraphDef, params: nnx.State, tokens: Any, mask: Any) -> jax.Array:
-    return _nats(nnx.merge(graph, params)(tokens[:, :-1]), tokens, mask)
+def _plain_nats(structure: nnx.GraphDef, params: nnx.State, tokens: Any, mask: Any) -> jax.Array:
+    return _nats(nnx.merge(structure, params)(tokens[:, :-1]), tokens, mask)
 
 
 @partial(jax.jit, static_argnums=(0, 5), donate_argnums=2)
 def _cached_nats(
-    graph: nnx.GraphDef,
+    structure: nnx.GraphDef,
     params: nnx.State,
     state: CacheState,
     tokens: Any,
     mask: Any,
     evict: Evict | None,
 ) -> tuple[jax.Array, CacheState]:
-    logits, state = nnx.merge(graph, params)(tokens[:, :-1], state)
+    logits, state = nnx.merge(structure, params)(tokens[:, :-1], state)
     return _nats(logits, tokens, mask), state if evict is None else evict(state)

@@ -7,7 +7,6 @@ cross-attention are computed there, once, and are from then on constants of the 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -18,113 +17,18 @@ import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike
 
-from lucid_jax.cache.codec import PLAIN, Codec
-from lucid_jax.cache.contiguous import Static
+from lucid_jax.cache.codecs import PLAIN, Codec, default_codec
+from lucid_jax.cache.creation import init_cache
 from lucid_jax.cache.encoder_decoder import EncoderDecoderState
-from lucid_jax.cache.layer import Layer, LayerSpec
-from lucid_jax.cache.slots import span
-from lucid_jax.cache.state import CacheState, init_cache
-from lucid_jax.decode.generation import pad_prompts, power_of_two
-from lucid_jax.decode.graph import Graph, split
+from lucid_jax.cache.layouts.base import LayerSpec
+from lucid_jax.cache.layouts.contiguous import Static
+from lucid_jax.cache.state import CacheState
+from lucid_jax.cache.tokens import TokenLayer
+from lucid_jax.decode.language_model import ModelStructure, split
+from lucid_jax.decode.prompts import pad_prompts, power_of_two
+from lucid_jax.models.t5_blocks import T5Stack
 from lucid_jax.models.t5_config import T5Config
-from lucid_jax.nn.mha import MultiHeadAttention
-from lucid_jax.nn.norm import Norm
-
-
-class T5MLP(nnx.Module):
-    """wo(relu(wi(x))), or, gated, wo(gelu(wi_0(x)) * wi_1(x)) (Shazeer, 2020)."""
-
-    def __init__(self, config: T5Config, *, dtypes: dict[str, Any], rngs: nnx.Rngs):
-        """Builds the projections."""
-
-        def linear(inputs: int, outputs: int) -> nnx.Linear:
-            return nnx.Linear(inputs, outputs, use_bias=False, rngs=rngs, **dtypes)
-
-        self.gated = config.gated
-        if config.gated:
-            self.wi_0 = linear(config.d_model, config.d_ff)
-            self.wi_1 = linear(config.d_model, config.d_ff)
-        else:
-            self.wi = linear(config.d_model, config.d_ff)
-        self.wo = linear(config.d_ff, config.d_model)
-
-    def __call__(self, hidden: jax.Array) -> jax.Array:
-        """(B, T, d_model) to the same shape."""
-        if self.gated:  # by tanh, the approximation that version 1.1 was trained with
-            wide = nnx.gelu(self.wi_0(hidden), approximate=True) * self.wi_1(hidden)
-        else:
-            wide = nnx.relu(self.wi(hidden))
-        return self.wo(wide)
-
-
-class T5Block(nnx.Module):
-    """Pre-norm self-attention, in the decoder cross-attention, and MLP, each added to the stream."""
-
-    def __init__(self, config: T5Config, *, decoder: bool, dtypes: dict[str, Any], rngs: nnx.Rngs):
-        """Builds them."""
-
-        def attention() -> MultiHeadAttention:
-            # The scale of the scores is in the weights: T5 does not divide by sqrt(d_kv).
-            return MultiHeadAttention(
-                config.d_model,
-                config.num_heads,
-                head_dim=config.d_kv,
-                scale=1.0,
-                rngs=rngs,
-                **dtypes,
-            )
-
-        self.self_attn_norm = _norm(config, dtypes)
-        self.self_attn = attention()
-        self.cross_attn_norm = _norm(config, dtypes) if decoder else None
-        self.cross_attn = attention() if decoder else None
-        self.mlp_norm = _norm(config, dtypes)
-        self.mlp = T5MLP(config, dtypes=dtypes, rngs=rngs)
-
-    def encode(self, hidden: jax.Array, mask: jax.Array, bias: jax.Array) -> jax.Array:
-        """(B, S, d_model) to the same shape: every token sees every real token."""
-        normed = self.self_attn_norm(hidden)
-        hidden = hidden + self.self_attn(
-            normed, encoder_hidden=normed, is_cross_attention=True, mask=mask, bias=bias
-        )
-        return hidden + self.mlp(self.mlp_norm(hidden))
-
-    def decode(
-        self, hidden: jax.Array, state: EncoderDecoderState, layer_idx: int, **options: Any
-    ) -> tuple[jax.Array, EncoderDecoderState]:
-        """(B * W, T, d_model) to the same shape, and the state; options as self-attention's."""
-        assert self.cross_attn is not None and self.cross_attn_norm is not None
-        normed = self.self_attn_norm(hidden)
-        attended = self.self_attn(normed, cache=state.decoder, layer_idx=layer_idx, **options)
-        if state.decoder is not None:
-            attended, cache = attended
-            state = state.replace(decoder=cache)
-        hidden = hidden + attended
-        asking = state.by_source(self.cross_attn_norm(hidden))
-        told, _ = self.cross_attn(
-            asking, cache=state.encoder, layer_idx=layer_idx, is_cross_attention=True
-        )
-        hidden = hidden + told.reshape(hidden.shape)
-        return hidden + self.mlp(self.mlp_norm(hidden)), state
-
-
-class T5Stack(nnx.Module):
-    """The blocks of the encoder or the decoder, and what they share: the relative positions' bias."""
-
-    def __init__(self, config: T5Config, *, decoder: bool, dtypes: dict[str, Any], rngs: nnx.Rngs):
-        """Builds them."""
-        count = config.decoder_layers if decoder else config.num_layers
-        self.relative_attention_bias = nnx.Embed(
-            config.relative_attention_num_buckets, config.num_heads, rngs=rngs, **dtypes
-        )
-        self.block = nnx.List(
-            [T5Block(config, decoder=decoder, dtypes=dtypes, rngs=rngs) for _ in range(count)]
-        )
-        self.final_layer_norm = _norm(config, dtypes)
-
-    def bias_of(self, buckets: np.ndarray) -> jax.Array:
-        """The bias of buckets [...] known at trace time: (N, ...)."""
-        return jnp.moveaxis(self.relative_attention_bias.embedding[...][buckets], -1, 0)
+from lucid_jax.models.t5_distances import distances_back, relative_buckets
 
 
 class T5(nnx.Module):
@@ -179,10 +83,10 @@ class T5(nnx.Module):
             config.relative_attention_max_distance,
             both_sides=True,
         )
-        place = jnp.arange(width, dtype=jnp.int32)
+        index = jnp.arange(width, dtype=jnp.int32)
         # Spread out on the device: (S, S) numbers known at trace time would be part of the program.
-        bias = self.encoder.bias_of(buckets)[:, place[None, :] - place[:, None] + (width - 1)][None]
-        mask = (place[None, :] < lengths[:, None])[:, None, None]
+        bias = self.encoder.bias_of(buckets)[:, index[None, :] - index[:, None] + (width - 1)][None]
+        mask = (index[None, :] < lengths[:, None])[:, None, None]
         hidden = self.shared(sources)
         for block in self.encoder.block:
             hidden = block.encode(hidden, mask, bias)
@@ -210,7 +114,7 @@ class T5(nnx.Module):
         return cache
 
     def given(
-        self, sources: ArrayLike | Sequence[Sequence[int]], *, codec: Codec = PLAIN
+        self, sources: ArrayLike | Sequence[Sequence[int]], *, codec: Codec | None = None
     ) -> GivenT5:
         """The decoder as a language model of what follows these sources.
 
@@ -219,7 +123,8 @@ class T5(nnx.Module):
 
         Args:
           sources: token ids, one list per row, of any lengths; or an int array (B, S).
-          codec: how to store the cross-attention's keys and values; as they are by default.
+          codec: how to store the cross-attention's keys and values; as they are by default, on CPU
+            by `codecs.Bits`.
 
         Raises:
           ValueError: for an empty source, or an id outside the vocabulary.
@@ -227,8 +132,9 @@ class T5(nnx.Module):
         tokens, lengths = pad_prompts(sources, self.config.vocab_size)
         width = max(16, power_of_two(tokens.shape[1]))
         tokens = np.pad(tokens, ((0, 0), (0, width - tokens.shape[1])))
-        graph, params = split(self)
-        return GivenT5(self, _encoder_cache(graph, params, tokens, lengths, codec))
+        structure, params = split(self)
+        codec = default_codec(self.dtype) if codec is None else codec
+        return GivenT5(self, _encoder_cache(structure, params, tokens, lengths, codec))
 
     # --- the decoder ---------------------------------------------------------------------------
 
@@ -319,7 +225,9 @@ class T5(nnx.Module):
             ragged=ragged,
         )
 
-    def _decoder_bias(self, tokens: int, layer: Layer | None, tree: jax.Array | None) -> jax.Array:
+    def _decoder_bias(
+        self, tokens: int, layer: TokenLayer | None, tree: jax.Array | None
+    ) -> jax.Array:
         """Bias (B|1, N, T, C) of T new tokens' scores, by how far back a key is."""
         config = self.config
         furthest = config.relative_attention_max_distance  # from here on all share a bucket
@@ -330,7 +238,7 @@ class T5(nnx.Module):
             both_sides=False,
         )
         table = self.decoder.bias_of(buckets)  # (N, distances)
-        back = jnp.clip(_distances(tokens, layer, tree), 0, furthest)
+        back = jnp.clip(distances_back(tokens, layer, tree), 0, furthest)
         heads = np.arange(config.num_heads)[None, :, None, None]
         return table[heads, back]
 
@@ -344,7 +252,7 @@ class GivenT5(nnx.Module):
     Attributes:
       model: the T5.
       encoder: its cross-attention keys and values, one row per source.
-      rope_by_place: see `LanguageModel`; T5 has no rotary positions.
+      rope_by_place: false: T5 has no rotary positions.
     """
 
     rope_by_place = False
@@ -378,17 +286,17 @@ class GivenT5(nnx.Module):
         positions: jax.Array | None = None,
         mask: jax.Array | None = None,
     ) -> tuple[jax.Array, CacheState | None]:
-        """See `T5.hidden`; `cache` is the decoder's."""
+        """Tokens (B, T) to hidden states and the cache of the decoder; arguments as `T5.hidden`'s."""
         options = {"lengths": lengths, "positions": positions, "mask": mask}
         hidden, state = self.model.hidden(tokens, self._state(cache), **options)
         return hidden, state.decoder
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """See `T5.logits`."""
+        """Hidden states (B, T, d_model) to logits, float32 (B, T, V)."""
         return self.model.logits(hidden)
 
     def cache_spec(self, max_length: int, codec: Codec = PLAIN, slack: int = 0) -> LayerSpec:
-        """See `T5.cache_spec`."""
+        """What the decoder needs to keep of texts of up to `max_length` tokens: all of them."""
         return self.model.cache_spec(max_length, codec, slack)
 
     def init_cache(
@@ -401,90 +309,8 @@ class GivenT5(nnx.Module):
         return EncoderDecoderState(decoder=cache, encoder=self.encoder.get_value())
 
 
-def relative_buckets(
-    distance: np.ndarray, num_buckets: int, max_distance: int, *, both_sides: bool
-) -> np.ndarray:
-    """The bucket of each distance (the key's position less the query's): int32 of the same shape.
-
-    Half of the buckets are for one distance each, the others for ranges that grow logarithmically up to
-    `max_distance`, beyond which all share the last.
-
-    Args:
-      distance: integers.
-      num_buckets: how many there are.
-      max_distance: where the last begins.
-      both_sides: whether keys after the query have half of the buckets, or, as in a decoder, none.
-
-    Example:
-      >>> relative_buckets(np.array([0, -1, -3, -9, 5]), 8, 16, both_sides=True).tolist()
-      [0, 1, 2, 3, 6]
-    """
-    first = np.zeros(distance.shape, np.int32)
-    if both_sides:
-        num_buckets //= 2
-        first = np.where(distance > 0, num_buckets, 0)
-        back = np.abs(distance)
-    else:
-        back = np.maximum(-distance, 0)
-    exact = num_buckets // 2
-    ratio = np.log(np.maximum(back, exact) / exact) / math.log(max_distance / exact)
-    # Some ranges begin where this is whole (16, 32 and 64 of 128): rounding must not decide there.
-    ratio = ratio * (num_buckets - exact) + 1e-9
-    further = np.minimum(exact + ratio.astype(np.int32), num_buckets - 1)
-    return (first + np.where(back < exact, back, further)).astype(np.int32)
-
-
-def _distances(tokens: int, layer: Layer | None, tree: jax.Array | None) -> jax.Array:
-    """How many tokens back each key is from each of T new tokens: int32 (B|1, N|1, T, C).
-
-    Keys are counted as masks count them: what a cache of bounded layout will hold, or what it holds and
-    then the new tokens. In a tree, a key's distance is how many of the tokens seen come after it.
-    """
-    if layer is None:
-        stored, keys = jnp.int32(0), tokens
-    else:
-        stored = layer.length
-        keys = layer.capacity + (0 if layer.bounded else tokens)
-    own = span(stored, tokens)  # index of the new tokens, [T] or [B, T]
-    if tree is not None:
-        batch = max(tree.shape[0], 1 if own.ndim == 1 else own.shape[0])
-        seen = jnp.broadcast_to(tree, (batch, tree.shape[1], tokens, keys))
-        rank = jnp.cumsum(seen.astype(jnp.int32), axis=-1)
-        latest = jnp.take_along_axis(rank, jnp.atleast_2d(own)[:, None, :, None], axis=-1)
-        return latest - rank
-    index = span(jnp.zeros_like(stored), keys)
-    key_position, position = index, own
-    if layer is not None:
-        position = span(layer.position, tokens)
-        key_position = _with_new(layer, index)
-    if key_position.ndim < 3:
-        key_position = jnp.atleast_2d(key_position)[:, None]
-    return jnp.atleast_2d(position)[:, None, :, None] - key_position[:, :, None]
-
-
-def _with_new(layer: Layer, index: jax.Array) -> jax.Array:
-    """Absolute positions of what an index of `get` will be when new tokens have come, alike in shape.
-
-    [C], [B, C], or (B, H, C) once heads may have evicted different tokens.
-    """
-    fill = index.shape[-1] - layer.capacity
-    old = layer.stored_positions()
-    old = jnp.pad(old, [(0, 0)] * (old.ndim - 1) + [(0, fill)])
-    length, position = layer.length, layer.position
-    coming = position[..., None] + index - length[..., None]
-    is_old = index < length[..., None]
-    if old.ndim == 3:
-        is_old, coming = (x.reshape(-1, 1, index.shape[-1]) for x in (is_old, coming))
-    return jnp.where(is_old, old, coming)
-
-
-def _norm(config: T5Config, dtypes: dict[str, Any]) -> Norm:
-    epsilon, dtype = config.layer_norm_epsilon, dtypes["param_dtype"]
-    return Norm(config.d_model, kind="rms", epsilon=epsilon, param_dtype=dtype)
-
-
 @partial(jax.jit, static_argnums=(0, 4))
 def _encoder_cache(
-    graph: Graph, params: Any, sources: jax.Array, lengths: jax.Array, codec: Codec
+    structure: ModelStructure, params: Any, sources: jax.Array, lengths: jax.Array, codec: Codec
 ) -> CacheState:
-    return graph.merge(params).encoder_cache(sources, lengths, codec)
+    return structure.merge(params).encoder_cache(sources, lengths, codec)

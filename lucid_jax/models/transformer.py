@@ -6,6 +6,7 @@ Face's Llama (and Gemma), so that a checkpoint's tensor names are module paths.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -15,15 +16,18 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lucid_jax.cache.checks import check_count
-from lucid_jax.cache.codec import PLAIN, Codec
-from lucid_jax.cache.contiguous import Static
-from lucid_jax.cache.layer import LayerSpec
-from lucid_jax.cache.ring import Sliding
-from lucid_jax.cache.state import CacheState, init_cache
+from lucid_jax.cache.argument_checks import check_count
+from lucid_jax.cache.codecs import PLAIN, Codec
+from lucid_jax.cache.creation import init_cache
+from lucid_jax.cache.layouts.base import LayerSpec
+from lucid_jax.cache.layouts.contiguous import Static
+from lucid_jax.cache.layouts.ring import Sliding
+from lucid_jax.cache.stacked import LayerLike
+from lucid_jax.cache.state import CacheState
 from lucid_jax.models.config import ACTIVATIONS, ModelConfig
-from lucid_jax.nn.cache import Cache
-from lucid_jax.nn.mha import MultiHeadAttention, next_positions
+from lucid_jax.nn.attention_call import next_positions
+from lucid_jax.nn.base import Cache
+from lucid_jax.nn.mha import MultiHeadAttention
 from lucid_jax.nn.norm import Norm
 
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -108,7 +112,7 @@ class Block(nnx.Module):
         self.mlp = MLP(config, rngs=rngs, **dtypes)
 
     def __call__(
-        self, hidden: jax.Array, cache: Any, layer_idx: int, **options: Any
+        self, hidden: jax.Array, cache: Any, layer_idx: Any, **options: Any
     ) -> tuple[jax.Array, Any]:
         """(B, T, hidden_size) to the same shape, and the cache; options as `MultiHeadAttention`'s."""
         attended = self.self_attn(
@@ -122,6 +126,81 @@ class Block(nnx.Module):
         hidden = hidden + self.post_attention_layernorm(attended)
         changed = self.mlp(self.pre_feedforward_layernorm(hidden))
         return hidden + self.post_feedforward_layernorm(changed), cache
+
+
+@dataclasses.dataclass(frozen=True)
+class Turns:
+    """How a model scans over layers of a repeating pattern, such as five sliding ones and a global one.
+
+    The first `period` blocks of the model hold the weights of all whole turns, stacked: place i those
+    of layers i, period + i, and so on. What is left over follows them, layer by layer.
+
+    Attributes:
+      period: layers of a turn.
+      count: whole turns.
+    """
+
+    period: int
+    count: int
+
+    def stacked(self, blocks: Sequence[Block]) -> list[Block]:
+        """The blocks of a model as it keeps them, from those of its layers."""
+        whole = self.period * self.count
+        return [
+            *(_stacked(blocks[i : whole : self.period]) for i in range(self.period)),
+            *blocks[whole:],
+        ]
+
+    def layer_of(self, index: int, turn: int) -> int:
+        """The layer that block `index` is in a turn."""
+        if index < self.period:
+            return turn * self.period + index
+        return self.period * self.count + index - self.period
+
+    def turns_of(self, index: int) -> range | None:
+        """The turns that block `index` has weights of; None if it is not stacked."""
+        return range(self.count) if index < self.period else None
+
+    def run(
+        self, blocks: Sequence[Block], hidden: jax.Array, cache: Any, options: dict[str, Any]
+    ) -> tuple[jax.Array, Any]:
+        """All layers: whole turns by `scan`, or, of a cache that is not stacked, one by one."""
+        split = [nnx.split(block) for block in blocks[: self.period]]
+        graphs, weights = [graph for graph, _ in split], [params for _, params in split]
+
+        def turn(carry: tuple[jax.Array, Any], x: Any) -> tuple[tuple[jax.Array, Any], None]:
+            (hidden, cache), (number, weights) = carry, x
+            for index, (graph, params) in enumerate(zip(graphs, weights, strict=True)):
+                layer_idx = number * self.period + index
+                known = layer_idx if isinstance(number, int) else LayerLike(index, layer_idx)
+                hidden, cache = nnx.merge(graph, params)(hidden, cache, known, **options)
+            return (hidden, cache), None
+
+        if cache is None or (isinstance(cache, CacheState) and cache.stacked):
+            numbers = jnp.arange(self.count, dtype=jnp.int32)
+            (hidden, cache), _ = jax.lax.scan(turn, (hidden, cache), (numbers, weights))
+        else:
+            for number in range(self.count):
+                params = jax.tree.map(lambda x, number=number: x[number], weights)
+                (hidden, cache), _ = turn((hidden, cache), (number, params))
+        for index, block in enumerate(blocks[self.period :], self.period):
+            hidden, cache = block(hidden, cache, self.layer_of(index, 0), **options)
+        return hidden, cache
+
+
+def _stacked(blocks: Sequence[Block]) -> Block:
+    """Blocks that are alike as one, whose parameters have an axis more, the first."""
+    split = [nnx.split(block) for block in blocks]
+    params = jax.tree.map(lambda *x: jnp.stack(x), *(params for _, params in split))
+    return nnx.merge(split[0][0], params)
+
+
+def _pattern(config: ModelConfig) -> tuple[int, int]:
+    """After how many layers those of a model repeat, and how often they do."""
+    layers = config.num_hidden_layers
+    kinds = [(config.windows[index], config.rope(index)) for index in range(layers)]
+    period = next(n for n in range(1, layers + 1) if kinds[n:] == kinds[:-n])
+    return period, layers // period
 
 
 class Transformer(nnx.Module):
@@ -141,6 +220,7 @@ class Transformer(nnx.Module):
         dtype: jnp.dtype | None = None,
         param_dtype: jnp.dtype = jnp.float32,
         rope_by_place: bool = False,
+        scan_layers: bool = False,
         rngs: nnx.Rngs,
     ):
         """Builds a model with random weights.
@@ -151,6 +231,9 @@ class Transformer(nnx.Module):
           param_dtype: dtype the parameters are kept in.
           rope_by_place: see `MultiHeadAttention`: with a sliding cache, text of any length keeps
             to the positions that were trained.
+          scan_layers: keep the weights of alike layers stacked and run them in a `jax.lax.scan`, with
+            a stacked cache: one layer is compiled rather than all, and the same tokens come out. XLA
+            on CPU takes longer for each of them.
           rngs: source of the parameters.
         """
         dtype = param_dtype if dtype is None else dtype
@@ -170,12 +253,12 @@ class Transformer(nnx.Module):
             if config.family.learned_positions
             else None
         )
-        self.layers = nnx.List(
-            [
-                Block(config, index, rngs=rngs, rope_by_place=rope_by_place, **dtypes)
-                for index in range(config.num_hidden_layers)
-            ]
-        )
+        blocks = [
+            Block(config, index, rngs=rngs, rope_by_place=rope_by_place, **dtypes)
+            for index in range(config.num_hidden_layers)
+        ]
+        self.turns = Turns(*_pattern(config)) if scan_layers else None
+        self.layers = nnx.List(blocks if self.turns is None else self.turns.stacked(blocks))
         self.norm = _norm(config, param_dtype)
         self.lm_head = (
             None
@@ -252,10 +335,12 @@ class Transformer(nnx.Module):
             rows = jnp.atleast_2d(positions)
             hidden = hidden + self.embed_positions(jnp.minimum(rows, table - 1))
             known = rows < table
-        for index, layer in enumerate(self.layers):
-            hidden, cache = layer(
-                hidden, cache, index, lengths=lengths, positions=positions, mask=mask
-            )
+        options = {"lengths": lengths, "positions": positions, "mask": mask}
+        if self.turns is None:
+            for index, layer in enumerate(self.layers):
+                hidden, cache = layer(hidden, cache, index, **options)
+        else:
+            hidden, cache = self.turns.run(list(self.layers), hidden, cache, options)
         hidden = self.norm(hidden)
         if known is not None:  # past the last learned position nothing sound can come out
             hidden = jnp.where(known[..., None], hidden, jnp.nan)
@@ -314,7 +399,10 @@ class Transformer(nnx.Module):
     def init_cache(
         self, spec: LayerSpec | Sequence[LayerSpec], batch_size: int, *, ragged: bool = False
     ) -> CacheState:
-        """An empty cache of the right sizes for this model, in its compute dtype."""
+        """An empty cache of the right sizes for this model, in its compute dtype.
+
+        Stacked, if the model scans over its layers.
+        """
         return init_cache(
             spec,
             num_layers=self.config.num_hidden_layers,
@@ -323,6 +411,7 @@ class Transformer(nnx.Module):
             head_dim=self.config.dim_per_head,
             dtype=self.dtype,
             ragged=ragged,
+            stacked=self.turns is not None,
         )
 
     def logits(self, hidden: jax.Array) -> jax.Array:

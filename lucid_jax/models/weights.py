@@ -9,10 +9,12 @@ import contextlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes  # noqa: F401  (teaches NumPy bfloat16, in which safetensors hands over weights)
 import numpy as np
 from flax import nnx
@@ -44,21 +46,25 @@ class Tensor:
     Attributes:
       parameters: one; or several that lie behind each other on the last axis (of flax's kernel).
       transposed: whether it is stored (out, in).
+      turn: which of their first axis, if they hold several tensors stacked; see `Turns`.
     """
 
     parameters: tuple[nnx.Param, ...]
     transposed: bool
+    turn: int | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
         """As stored."""
         *rest, _ = self.parameters[0].shape
+        rest = rest if self.turn is None else rest[1:]
         shape = (*rest, sum(p.shape[-1] for p in self.parameters))
         return shape[::-1] if self.transposed else shape
 
     def join(self, dtype: DTypeLike | None) -> np.ndarray:
         """The parameters' values as stored; `dtype` None keeps theirs."""
-        values = [p[...] if dtype is None else p[...].astype(dtype) for p in self.parameters]
+        values = [p[...] if self.turn is None else p[self.turn] for p in self.parameters]
+        values = values if dtype is None else [value.astype(dtype) for value in values]
         array = np.concatenate([np.asarray(value) for value in values], axis=-1)
         return np.ascontiguousarray(array.T if self.transposed else array)
 
@@ -67,27 +73,50 @@ class Tensor:
         array = array.T if self.transposed else array
         ends = np.cumsum([p.shape[-1] for p in self.parameters])[:-1]
         for parameter, part in zip(self.parameters, np.split(array, ends, axis=-1), strict=True):
-            parameter.set_value(jax.device_put(np.ascontiguousarray(part, dtype)))
+            value = jax.device_put(np.ascontiguousarray(part, dtype))
+            if self.turn is not None:
+                whole: Any = parameter.get_value()
+                if not isinstance(whole, jax.Array):  # abstract, until its first part comes
+                    whole = jnp.zeros(parameter.shape, dtype)
+                value = _with_part(whole, value, np.int32(self.turn))
+            parameter.set_value(value)
+
+
+@partial(jax.jit, donate_argnums=0)
+def _with_part(whole: jax.Array, part: jax.Array, turn: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(whole, part, turn, 0)
 
 
 def stored_tensors(model: Transformer) -> dict[str, Tensor]:
     """The tensors a file of this model holds, by name, without the wrapper (`model.`)."""
     family = model.config.family
-    found: dict[str, list[tuple[str, nnx.Param, bool]]] = {}
+    found: dict[str, list[tuple[str, nnx.Param, bool, int | None]]] = {}
     for path, variable in nnx.iter_graph(model):
         if isinstance(variable, nnx.Param):
             *modules, leaf = (str(part) for part in path)
-            ours = ".".join(modules)
             kind = "bias" if leaf == "bias" else "weight"
-            transposed = leaf == "kernel" and (ours == "lm_head" or not family.kernels_as_used)
-            name = f"{_module_in_file(ours, family)}.{kind}"
-            found.setdefault(name, []).append((ours, variable, transposed))
+            for ours, turn in _layers_of(modules, model):
+                transposed = leaf == "kernel" and (ours == "lm_head" or not family.kernels_as_used)
+                name = f"{_module_in_file(ours, family)}.{kind}"
+                found.setdefault(name, []).append((ours, variable, transposed, turn))
     order = {ours: index for index, ours in enumerate(family.modules)}
     tensors = {}
     for name, parts in found.items():
         parts.sort(key=lambda part: order.get(_any_layer(part[0]), 0))
-        tensors[name] = Tensor(tuple(variable for _, variable, _ in parts), parts[0][2])
+        tensors[name] = Tensor(tuple(variable for _, variable, _, _ in parts), *parts[0][2:])
     return tensors
+
+
+def _layers_of(modules: list[str], model: Transformer) -> list[tuple[str, int | None]]:
+    """The module of each layer that a parameter of `modules` belongs to, and its turn if stacked."""
+    if model.turns is None or modules[0] != "layers":
+        return [(".".join(modules), None)]
+    block = int(modules[1])
+    turns = model.turns.turns_of(block)
+    return [
+        (".".join(["layers", str(model.turns.layer_of(block, turn or 0)), *modules[2:]]), turn)
+        for turn in ([None] if turns is None else turns)
+    ]
 
 
 def stored_name(name: str, family: Family) -> str:
@@ -134,7 +163,7 @@ def fill_weights(
     with contextlib.ExitStack() as stack:
         files = {path.name: stack.enter_context(_opened(path)) for path in _shards(folder)}
         found: dict[str, tuple[str, str]] = {}
-        for stored, file in _places(folder, files).items():
+        for stored, file in _file_of_each(folder, files).items():
             name = name_of(stored)
             if name in found:
                 raise CheckpointError(
@@ -154,7 +183,7 @@ def stored_names(folder: Path) -> set[str]:
     """The names of all tensors of a folder."""
     with contextlib.ExitStack() as stack:
         files = {path.name: stack.enter_context(_opened(path)) for path in _shards(folder)}
-        return set(_places(folder, files))
+        return set(_file_of_each(folder, files))
 
 
 def _shards(folder: Path) -> Iterable[Path]:
@@ -193,7 +222,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
     return table
 
 
-def _places(folder: Path, files: Mapping[str, Any]) -> dict[str, str]:
+def _file_of_each(folder: Path, files: Mapping[str, Any]) -> dict[str, str]:
     """Which file holds each tensor."""
     held = {file: set(content.keys()) for file, content in files.items()}
     if WEIGHTS in files:

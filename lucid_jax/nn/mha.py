@@ -6,18 +6,41 @@ Shapes: hidden (B, T, hidden_size) outside; (B, N or H, T, D) inside, N query an
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypedDict, Unpack, overload
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike
 
-from lucid_jax.attention.attend import attend, extend
 from lucid_jax.attention.dense import dot_product
 from lucid_jax.attention.rope import Rope, rope
-from lucid_jax.cache import state as core
-from lucid_jax.nn.cache import Cache, EncoderDecoderCache, KVCache
+from lucid_jax.cache.stacked import LayerIndex
+from lucid_jax.cache.state import CacheState
+from lucid_jax.cache.update import update
+from lucid_jax.nn.attention_call import (
+    AttentionCall,
+    KeysValues,
+    attend_with_object,
+    attend_with_state,
+    has_encoder_keys,
+    next_positions,
+    reads_another,
+)
+from lucid_jax.nn.base import Cache
+
+
+class _CallOptions(TypedDict, total=False):
+    """The keyword arguments of a call, but for the cache, on which its result depends."""
+
+    layer_idx: LayerIndex
+    encoder_hidden: jax.Array | None
+    is_cross_attention: bool
+    positions: jax.Array | None
+    cache_position: ArrayLike | None
+    lengths: ArrayLike | None
+    mask: jax.Array | None
+    bias: jax.Array | None
 
 
 class MultiHeadAttention(nnx.Module):
@@ -92,26 +115,7 @@ class MultiHeadAttention(nnx.Module):
           ValueError: if heads or widths are not positive, or do not divide.
         """
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        for name, value in (
-            ("hidden_size", hidden_size),
-            ("num_heads", num_heads),
-            ("num_kv_heads", num_kv_heads),
-        ):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if num_heads % num_kv_heads:
-            raise ValueError(
-                f"num_heads ({num_heads}) must be a multiple of num_kv_heads ({num_kv_heads})"
-            )
-        if head_dim is None:
-            if hidden_size % num_heads:
-                raise ValueError(
-                    f"hidden_size ({hidden_size}) is not a multiple of num_heads ({num_heads}); "
-                    "give head_dim"
-                )
-            head_dim = hidden_size // num_heads
-        if head_dim < 1:
-            raise ValueError(f"head_dim must be at least 1, got {head_dim}")
+        head_dim = _checked_head_dim(hidden_size, num_heads, num_kv_heads, head_dim)
         if rope_theta is not None and head_dim % 2:
             raise ValueError(f"rotary positions need an even head_dim, got {head_dim}")
         self.num_heads = num_heads
@@ -127,14 +131,9 @@ class MultiHeadAttention(nnx.Module):
 
         def linear(inputs: int, outputs: int, init: nnx.Initializer, bias: bool) -> nnx.Linear:
             return nnx.Linear(
-                inputs,
-                outputs,
-                use_bias=bias,
-                dtype=dtype,
-                param_dtype=param_dtype,
-                kernel_init=init,
-                rngs=rngs,
-            )
+                inputs, outputs, use_bias=bias, kernel_init=init,
+                dtype=dtype, param_dtype=param_dtype, rngs=rngs,
+            )  # fmt: skip
 
         self.q_proj = linear(hidden_size, num_heads * head_dim, kernel_init, use_bias)
         self.k_proj = linear(kv_hidden_size, num_kv_heads * head_dim, kernel_init, use_bias)
@@ -144,12 +143,31 @@ class MultiHeadAttention(nnx.Module):
         self.q_norm = None if qk_norm is None else qk_norm(head_dim)
         self.k_norm = None if qk_norm is None else qk_norm(head_dim)
 
+    @overload
+    def __call__(
+        self, hidden: jax.Array, *, cache: CacheState, **options: Unpack[_CallOptions]
+    ) -> tuple[jax.Array, CacheState]: ...
+
+    @overload
+    def __call__(
+        self, hidden: jax.Array, *, cache: Cache | None = None, **options: Unpack[_CallOptions]
+    ) -> jax.Array: ...
+
+    @overload
     def __call__(
         self,
         hidden: jax.Array,
         *,
-        cache: Cache | core.CacheState | None = None,
-        layer_idx: int = 0,
+        cache: Cache | CacheState | None,
+        **options: Unpack[_CallOptions],
+    ) -> jax.Array | tuple[jax.Array, CacheState]: ...
+
+    def __call__(
+        self,
+        hidden: jax.Array,
+        *,
+        cache: Cache | CacheState | None = None,
+        layer_idx: LayerIndex = 0,
         encoder_hidden: jax.Array | None = None,
         is_cross_attention: bool = False,
         positions: jax.Array | None = None,
@@ -157,17 +175,18 @@ class MultiHeadAttention(nnx.Module):
         lengths: ArrayLike | None = None,
         mask: jax.Array | None = None,
         bias: jax.Array | None = None,
-    ) -> Any:
+    ) -> jax.Array | tuple[jax.Array, CacheState]:
         """Attends to the tokens so far (causal), or to an encoder's output (cross-attention).
 
         Args:
           hidden: (B, T, hidden_size): the new tokens.
           cache: where keys and values are kept. A stateful cache is changed in place; a pure
             `CacheState` comes back changed beside the output. None: the T tokens are all there is.
-          layer_idx: which layer of the cache.
+          layer_idx: which layer of the cache; of a stacked pure one it may be traced.
           encoder_hidden: (B, S, kv_hidden_size), for cross-attention: what keys and values are made
             from. With a cache they are made once: an `EncoderDecoderCache` that has this layer's
-            ignores it; for other caches, leave it out after the first call.
+            ignores it (set its `is_updated[layer_idx]` to False for another source); for other
+            caches, leave it out after the first call.
           is_cross_attention: attend to the encoder, every query to every key, no rotary positions.
           positions: int32 [T] or [B, T] absolute positions for RoPE, where the cache's (or
             0 ... T-1) are not wanted.
@@ -181,41 +200,14 @@ class MultiHeadAttention(nnx.Module):
           (B, T, hidden_size); with a pure `CacheState`, that and the new state.
 
         Raises:
-          ValueError: if cross-attention has nothing to attend to, or an option does not apply.
+          ValueError: if cross-attention has nothing to attend to, or an option does not apply. A
+            stateful cache is then as it was.
         """
-        if lengths is not None and not isinstance(cache, core.CacheState):
-            raise ValueError("lengths= needs a ragged CacheState; drop it, or pass one as cache=")
-        if cache_position is not None and cache is None:
-            raise ValueError("cache_position= needs a cache; drop it, or pass positions= for RoPE")
-        if is_cross_attention and isinstance(cache, core.CacheState):
-            _check_holds_everything(cache, layer_idx)
-        tokens = hidden.shape[1]
-        query = self._split_heads(self.q_proj(hidden))
-        query = query if self.q_norm is None else self.q_norm(query)
-        new: tuple[jax.Array, jax.Array] | None = None
-        if not is_cross_attention:
-            if encoder_hidden is not None:
-                raise ValueError(
-                    "encoder_hidden= is for is_cross_attention=True; set it, or drop it"
-                )
-            by_place = self.rope_by_place and cache is not None
-            if by_place and positions is not None:
-                raise ValueError(
-                    "positions= are absolute, but rope_by_place=True counts places in the cache; "
-                    "drop one of them"
-                )
-            if self.rope_theta is not None and positions is None and not by_place:
-                positions = next_positions(cache, tokens, layer_idx, cache_position, lengths)
-            if not _reads_another(cache, layer_idx):
-                new = self._keys_values(hidden, positions)
-            query = self._rotate(query, positions)
-        elif encoder_hidden is not None and not _has_encoder_keys(cache, layer_idx):
-            new = self._keys_values(encoder_hidden, None)
-        if cache is None and new is None:
-            raise ValueError(
-                "cross-attention needs encoder_hidden=, or a cache that holds its keys"
-            )
-
+        call = AttentionCall(
+            cache, layer_idx, encoder_hidden, is_cross_attention, positions, cache_position, lengths
+        )
+        call.check(hidden)
+        query, new = self._projected(hidden, call)
         options: dict[str, Any] = {
             "scale": self.scale,
             "softcap": self.softcap,
@@ -225,32 +217,54 @@ class MultiHeadAttention(nnx.Module):
             "window": None if is_cross_attention else self.window,
         }
         if cache is None:
-            assert new is not None
+            if new is None:
+                raise ValueError(
+                    "cross-attention needs encoder_hidden=, or a cache that holds its keys"
+                )
             return self._merge_heads(dot_product(query, *new, **options))
         if not is_cross_attention:
             options |= {"lengths": lengths, "cache_position": cache_position}
             options["rope_theta"] = self.rope_theta if self.rope_by_place else None
-        if isinstance(cache, core.CacheState):
-            if new is not None and not is_cross_attention:
-                del options["causal"]
-                out, cache = extend(cache, query, *new, layer_idx, **options)
-                return self._merge_heads(out), cache
-            if new is not None:
-                cache = core.update(cache, *new, layer_idx, cache_position, lengths)
-            return self._merge_heads(attend(cache, query, layer_idx, **options)), cache
-        part = _part(cache, is_cross_attention)
-        if new is not None:
-            part.store(*new, layer_idx, cache_position)
-        return self._merge_heads(part.attend(query, layer_idx, **options))
+        if isinstance(cache, CacheState):
+            out, state = attend_with_state(cache, query, new, call, options)
+            return self._merge_heads(out), state
+        return self._merge_heads(attend_with_object(cache, query, new, call, options))
+
+    def _projected(
+        self, hidden: jax.Array, call: AttentionCall
+    ) -> tuple[jax.Array, KeysValues | None]:
+        """Queries, and the keys and values to store, if any; rotated as their positions say."""
+        query = self._split_heads(self.q_proj(hidden))
+        query = query if self.q_norm is None else self.q_norm(query)
+        cache, layer_idx = call.cache, call.layer_idx
+        if call.is_cross_attention:
+            source = call.encoder_hidden
+            if source is None or has_encoder_keys(cache, layer_idx):
+                return query, None
+            return query, self._keys_values(source, None)
+        positions = call.positions
+        by_place = self.rope_by_place and cache is not None
+        if by_place and positions is not None:
+            raise ValueError(
+                "positions= are absolute, but rope_by_place=True counts places in the cache; "
+                "drop one of them"
+            )
+        if self.rope_theta is not None and positions is None and not by_place:
+            tokens = hidden.shape[1]
+            positions = next_positions(cache, tokens, layer_idx, call.cache_position, call.lengths)
+        query = self._rotate(query, positions)
+        if reads_another(cache, layer_idx):
+            return query, None
+        return query, self._keys_values(hidden, positions)
 
     def store(
         self,
         encoder_hidden: jax.Array,
-        cache: core.CacheState,
+        cache: CacheState,
         layer_idx: int,
         *,
         lengths: ArrayLike | None = None,
-    ) -> core.CacheState:
+    ) -> CacheState:
         """Stores the keys and values of an encoder's output: the part of cross-attention done once.
 
         Args:
@@ -260,7 +274,8 @@ class MultiHeadAttention(nnx.Module):
           lengths: int32 [B], ragged caches: how many of each row's S are real.
         """
         new = self._keys_values(encoder_hidden, None)
-        return core.update(cache, *new, layer_idx, lengths=lengths)
+        stored = update(cache.replace(axes="BHTD"), *new, layer_idx, lengths=lengths)
+        return stored.replace(axes=cache.axes)
 
     def _keys_values(
         self, source: jax.Array, positions: jax.Array | None
@@ -284,48 +299,25 @@ class MultiHeadAttention(nnx.Module):
         return self.o_proj(out.swapaxes(1, 2).reshape(batch, length, heads * width))
 
 
-def _part(cache: Cache, is_cross_attention: bool) -> KVCache:
-    if isinstance(cache, EncoderDecoderCache):
-        return cache.cross_attention_cache if is_cross_attention else cache.self_attention_cache
-    if isinstance(cache, KVCache):
-        return cache
-    raise TypeError(
-        f"cache must be a CacheState, a KVCache or an EncoderDecoderCache, got {type(cache).__name__}"
-    )
-
-
-def _has_encoder_keys(cache: Cache | core.CacheState | None, layer_idx: int) -> bool:
-    return isinstance(cache, EncoderDecoderCache) and cache.is_updated.get(layer_idx, False)
-
-
-def _check_holds_everything(cache: core.CacheState, layer_idx: int) -> None:
-    layer = cache.layer(layer_idx)
-    if not layer.bounded:
+def _checked_head_dim(
+    hidden_size: int, num_heads: int, num_kv_heads: int, head_dim: int | None
+) -> int:
+    """`head_dim` or its default, where the sizes go together."""
+    sizes = {"hidden_size": hidden_size, "num_heads": num_heads, "num_kv_heads": num_kv_heads}
+    for name, value in sizes.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if num_heads % num_kv_heads:
         raise ValueError(
-            "cross-attention needs every token of the encoder, but this layer is "
-            f"{layer.spec}; give it Static or Dynamic"
+            f"num_heads ({num_heads}) must be a multiple of num_kv_heads ({num_kv_heads})"
         )
-
-
-def _reads_another(cache: Cache | core.CacheState | None, layer_idx: int) -> bool:
-    """Whether this layer shares the tokens of an earlier one, which has stored them already."""
-    return isinstance(cache, core.CacheState) and not cache.owns(layer_idx)
-
-
-def next_positions(
-    cache: Cache | core.CacheState | None,
-    tokens: int,
-    layer_idx: int = 0,
-    cache_position: ArrayLike | None = None,
-    lengths: ArrayLike | None = None,
-) -> jax.Array:
-    """Absolute positions of the tokens about to be stored, int32 [T] or [B, T]."""
-    if cache is None:
-        return jnp.arange(tokens, dtype=jnp.int32)
-    if not isinstance(cache, core.CacheState):
-        return _part(cache, False).positions(tokens, layer_idx, cache_position)
-    positions = core.positions(cache, tokens, layer_idx, cache_position)
-    if cache_position is not None or not _reads_another(cache, layer_idx):
-        return positions
-    # The layer it reads has stored these tokens already.
-    return positions - (tokens if lengths is None else jnp.asarray(lengths)[:, None])
+    if head_dim is None:
+        if hidden_size % num_heads:
+            raise ValueError(
+                f"hidden_size ({hidden_size}) is not a multiple of num_heads ({num_heads}); "
+                "give head_dim"
+            )
+        head_dim = hidden_size // num_heads
+    if head_dim < 1:
+        raise ValueError(f"head_dim must be at least 1, got {head_dim}")
+    return head_dim

@@ -1,0 +1,244 @@
+"""Appending: tokens are taken in (encoded, counted), then put where the layout says.
+
+All or nothing: what does not fit is not stored, in a row of its own where rows are ragged.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lucid_jax.cache import derive, tail
+from lucid_jax.cache.buffers import Rows
+from lucid_jax.cache.layouts.contiguous import Contiguous
+from lucid_jax.cache.packing import Packed, Tokens, decoded, encoded
+from lucid_jax.cache.reading import (
+    SlotMap,
+    SlotRun,
+    copy_of,
+    index_map,
+    slot_map,
+    slot_run_of,
+    slot_runs,
+)
+from lucid_jax.cache.slots import span
+from lucid_jax.cache.tokens import POSITIONS, TokenLayer
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """New tokens ready to be stored, as attention may read them and `put` takes them.
+
+    Attributes:
+        leaves: W encoded tokens of consecutive positions, by name, (B, H, W, ...).
+        first: absolute position of the first of them, int32 [] or [B].
+        stored: how many of them go into slots now, int32 [] or [B].
+        count: tokens this chunk appends, int32 [] or [B].
+        ok: bool [] or [B]; where False nothing is stored.
+        exact: whether all W go into slots wherever ok.
+        raw: with a tail, the tokens from `first` on in full precision.
+    """
+
+    leaves: Packed
+    first: jax.Array
+    stored: jax.Array
+    count: jax.Array
+    ok: jax.Array
+    exact: bool
+    raw: tail.Raw | None
+
+
+def append(layer: TokenLayer, tokens: Tokens, counts: jax.Array | None) -> TokenLayer:
+    """Appends T tokens, or the first `counts` int32 [B] of each row's T; all or nothing."""
+    return put(layer, take_in(layer, tokens, counts))
+
+
+def append_fitting(layer: TokenLayer, tokens: Tokens) -> TokenLayer:
+    """`append` of T tokens to an aligned layer where the host knows that they fit.
+
+    With nothing to choose XLA on CPU takes it for cheap, and runs it at once rather than on another
+    thread: waiting for that takes longer than the work.
+    """
+    if not layer.in_order or layer.tracked:
+        return append(layer, tokens, None)
+    begin = layer.slot_of(layer.position)
+    stop = layer.position + _count(tokens)
+    new = encoded(layer.packing.forms, tokens)
+    return layer.replace(
+        leaves=jax.tree.map(lambda leaf, x: layer.buffer.write(leaf, x, begin), layer.leaves, new),
+        position=stop,
+        reach=jnp.maximum(layer.reach, stop),
+    )
+
+
+def take_in(layer: TokenLayer, tokens: Tokens, counts: jax.Array | None) -> Chunk:
+    """Encodes T new tokens to follow what is stored."""
+    packing, new = layer.packing, _count(tokens)
+    count = jnp.full_like(layer.position, new) if counts is None else counts
+    ok = (count >= 0) & (count <= new) & layer.fits(count)
+    count = jnp.where(ok, count, 0)
+    tokens = packing.admit(tokens)
+    if layer.recent is None:
+        return Chunk(
+            leaves=encoded(packing.forms, tokens),
+            first=layer.position,
+            stored=count,
+            count=count,
+            ok=ok,
+            exact=counts is None,
+            raw=None,
+        )
+    first = packing.flushed(layer.position)
+    fresh = encoded(packing.raw_forms, tokens)
+    raw = tail.window(layer.buffer, layer.recent, first, layer.position, fresh)
+    groups = tail.whole_groups(raw, first, layer.start, packing.codec.unit, new)
+    return Chunk(
+        leaves=encoded(packing.forms, decoded(packing.raw_forms, groups)),
+        first=first,
+        stored=packing.flushed(layer.position + count) - first,
+        count=count,
+        ok=ok,
+        exact=False,
+        raw=raw,
+    )
+
+
+def _count(tokens: Tokens) -> int:
+    """T."""
+    return next(iter(tokens.values())).shape[2]
+
+
+def _width(layer: TokenLayer, leaves: Packed) -> int:
+    """W: how many slots the leaves of a chunk are for."""
+    mixed: jax.Array = jax.tree.leaves(leaves[layer.packing.mixed])[0]
+    return mixed.shape[2]
+
+
+def put(layer: TokenLayer, chunk: Chunk) -> TokenLayer:
+    """Stores a chunk's tokens and counts them."""
+    new = dict(chunk.leaves)
+    width = _width(layer, new)
+    if layer.tracked:
+        position = span(chunk.first, width).reshape(-1, 1, width)
+        shape = (layer.batch_size, layer.num_kv_heads, width)
+        new[POSITIONS] = jnp.broadcast_to(position, shape)
+    write = _write_dense if layer.layout.dense else _write_around
+
+    def put_leaf(leaf: jax.Array, tokens: jax.Array) -> jax.Array:
+        return write(layer, chunk, width, leaf, tokens)
+
+    recent = layer.recent
+    if recent is not None:
+        assert chunk.raw is not None
+        recent = tail.put(layer.buffer, recent, chunk.raw, chunk.first, layer.position, chunk.count)
+    most = f"the capacity of {layer.capacity}" if layer.bounded else "what int32 can count"
+    leaves = jax.tree.map(put_leaf, layer.leaves, new)
+    return layer.replace(leaves=leaves, recent=recent).advanced(
+        chunk.count, chunk.ok, f"append past {most}; nothing was written"
+    )
+
+
+def _write_dense(
+    layer: TokenLayer, chunk: Chunk, width: int, leaf: jax.Array, tokens: jax.Array
+) -> jax.Array:
+    """One `dynamic_update_slice`, or a scatter if rows are ragged."""
+    buffer, slots, stride = layer.buffer, layer.num_slots, layer.stride(leaf)
+    first = layer.slot_of(chunk.first)
+    if not layer.ragged:
+        size = min(width, slots)
+        begin = jnp.clip(first, 0, slots - size)
+        source = span(begin, size) - first  # the token for each slot of the window
+        # A window of groups may reach past the end though the whole ones in it fit; then it starts
+        # early and its tokens move right. A full chunk that fits never does.
+        if not chunk.exact:
+            tokens = Rows().take(tokens, source[::stride] // stride)
+        fresh = (source >= 0) & (source < chunk.stored)
+        return buffer.write_window(leaf, tokens, begin // stride, fresh[::stride])
+    if chunk.exact:
+        return buffer.write_rows(leaf, tokens, jnp.where(chunk.ok, first, slots) // stride)
+    source = span(jnp.zeros_like(first), width)
+    slot = jnp.where(source < chunk.stored[:, None], first[:, None] + source, slots)
+    return buffer.write_at(leaf, tokens, slot[:, ::stride] // stride)
+
+
+def _write_around(
+    layer: TokenLayer, chunk: Chunk, width: int, leaf: jax.Array, tokens: jax.Array
+) -> jax.Array:
+    """A scatter; of a chunk longer than a ring only the latest tokens are stored."""
+    stride = layer.stride(leaf)
+    position = span(chunk.first, width)
+    lasting = derive.lasting(layer.layout, position, layer.start, chunk.first + chunk.stored)
+    slot = layer.slot_of(position)
+    # By number, as padding may lie past what int32 can count.
+    real = (span(jnp.zeros_like(chunk.stored), width) < chunk.stored[..., None]) & lasting
+    if width == layer.packing.codec.unit and not layer.ragged:  # one token, or one group
+        return layer.buffer.write_window(leaf, tokens, slot[0] // stride, real[::stride])
+    target = jnp.where(real, slot, layer.num_slots)[..., ::stride] // stride
+    return layer.buffer.write_at(leaf, tokens, target)
+
+
+# --- with what a chunk's own queries may see ---------------------------------------------------------
+
+
+def put_and_slot_runs(layer: TokenLayer, chunk: Chunk) -> tuple[TokenLayer, list[SlotRun]]:
+    """`put`, and all that the chunk's queries may see, what is overwritten included.
+
+    What is overwritten is read out first. Masks count slots of the old layer's `get`, and then the
+    chunk's tokens.
+    """
+    lost = _overwritten(layer, chunk)
+    after = put(layer, chunk)
+    index = index_map(layer)
+    found = [slot_runs(after)[0].replace(index=index, in_order=False), *lost]
+    if chunk.raw is not None:
+        end = layer.position + chunk.count
+        fresh = _run(layer, chunk.raw, layer.packing.raw_forms, chunk.first, end)
+        found.append(fresh.replace(copy=copy_of(layer.packing.codec, packed=False)))
+    return after, found
+
+
+def _overwritten(layer: TokenLayer, chunk: Chunk) -> list[SlotRun]:
+    """What `put` will leave no trace of, though queries of the chunk may see it.
+
+    That is older tokens of a ring, and all but the latest of a long chunk.
+    """
+    layout, packing = layer.layout, layer.packing
+    if layout.dense:
+        return []
+    new, ring = _width(layer, chunk.leaves), layout.slots - layout.pinned
+    stop = chunk.first + chunk.stored
+    size = min(new, ring)
+    position = span(jnp.maximum(chunk.first, stop - size), size)
+    slot = layer.slot_of(position)
+    goes = (position < stop[..., None]) & (position >= layout.pinned)
+    before = slot_map(layer)
+    there = before.at(slot)
+    held = jnp.where(goes & before.is_live(there), there, -1)
+
+    def read(leaf: jax.Array) -> jax.Array:
+        stride = layer.stride(leaf)
+        return layer.buffer.take(leaf, slot[..., ::stride] // stride)
+
+    displaced = slot_run_of(
+        layer,
+        jax.tree.map(read, layer.stored),
+        packing.forms,
+        before.replace(held=held),
+        jnp.int32(size),
+        Rows(),
+    )
+    if new <= ring:
+        return [displaced]
+    passing = _run(layer, chunk.leaves, packing.forms, chunk.first, stop - ring)
+    unpinned = passing.slots.replace(low=jnp.maximum(layer.start, layout.pinned))
+    return [displaced, passing.replace(slots=unpinned, copy=copy_of(packing.codec, packed=True))]
+
+
+def _run(layer: TokenLayer, leaves: Packed, forms: Any, first: jax.Array, stop: Any) -> SlotRun:
+    """Tokens of consecutive positions from `first` on as a run; live are those before `stop`."""
+    width = _width(layer, leaves)
+    held = SlotMap(layer.start, stop, first, first, layout=Contiguous(width, width))
+    return slot_run_of(layer, leaves, forms, held, jnp.max(stop - first), Rows())

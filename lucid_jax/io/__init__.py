@@ -1,0 +1,1 @@
+"""States and programs outside the process: files of states, exported functions."""

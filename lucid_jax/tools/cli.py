@@ -1,0 +1,173 @@
+"""The command line: `lucid-jax generate`, `compare`, `eval` and `bench`.
+
+Bad input ends in one line on stderr and exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+import jax
+
+from lucid_jax.io.checked_file import short
+from lucid_jax.tools import program_store
+from lucid_jax.tools.bench import run_bench
+from lucid_jax.tools.compare import compare_command
+from lucid_jax.tools.eval_command import eval_command
+from lucid_jax.tools.generate_command import generate_command
+from lucid_jax.tools.specs import CODECS, LAYOUTS
+
+_COMMANDS = {"generate": generate_command, "compare": compare_command, "eval": eval_command}
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with errors of one line."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: error: {message} (see {self.prog} --help)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit code."""
+    parser = _Parser(prog="lucid-jax", description="KV caches for JAX.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_generate(commands.add_parser("generate", help="continue a prompt, streaming the text"))
+    _add_compare(
+        commands.add_parser("compare", help="one prompt with several caches, side by side")
+    )
+    _add_eval(commands.add_parser("eval", help="bits per byte of text under a given cache"))
+    bench = commands.add_parser("bench", help="measure the cache on this machine")
+    bench.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    bench.add_argument(
+        "--quick", action="store_true", help="smaller sizes and fewer repeats, to see that it runs"
+    )
+    options = parser.parse_args(argv)
+    try:
+        if options.command == "bench":
+            run_bench(as_json=options.json, quick=options.quick)
+            return 0
+        _check_numbers(options)
+        with contextlib.nullcontext() if options.no_compile_cache else program_store.opened():
+            _COMMANDS[options.command](options)
+            return 0
+    except (ValueError, OSError, OverflowError, MemoryError, jax.errors.JaxRuntimeError) as error:
+        message = " ".join(str(error).split())
+        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in message:
+            raise
+        if isinstance(error, MemoryError | jax.errors.JaxRuntimeError):
+            message = f"not enough memory; ask for less ({message or 'out of memory'})"
+        print(f"lucid-jax {options.command}: error: {message}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if error.name != "tokenizers":
+            raise
+        print(
+            f"lucid-jax {options.command}: error: text needs the tokenizers package; "
+            "install it with: pip install 'lucid-jax[text]'",
+            file=sys.stderr,
+        )
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prompt", metavar="PROMPT", help="text to continue")
+    _add_cache(parser)
+    parser.add_argument(
+        "--capacity", type=int, metavar="N",
+        help="slots of the static cache; by default what the prompt and new tokens need, rounded up to "
+        "a power of two",
+    )  # fmt: skip
+    parser.add_argument(
+        "--draft", metavar="DRAFT",
+        help="decode speculatively: ngram, embedded (the shipped model's draft) or a model folder",
+    )  # fmt: skip
+    parser.add_argument("--no-cache", action="store_true", help="recompute everything, to compare")
+    parser.add_argument("--max-new-tokens", type=int, default=120, metavar="N")
+    parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy")
+    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="0 keeps all tokens")
+    parser.add_argument("--top-p", type=float, default=0.95, metavar="P")
+    parser.add_argument("--min-p", type=float, default=0.0, metavar="P")
+    parser.add_argument("--repetition-penalty", type=float, default=1.1, metavar="X")
+    parser.add_argument("--seed", type=int, default=0)
+    _add_model(parser)
+
+
+def _add_cache(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--cache", default="auto", metavar="LAYOUT",
+        help=f"{LAYOUTS}; default: what the model asks for, rings for its layers with a window and "
+        "static for the others",
+    )  # fmt: skip
+    parser.add_argument(
+        "--codec", default="none", metavar="CODEC", help=f"{CODECS}; default: %(default)s"
+    )
+    parser.add_argument(
+        "--rope-by-place", action="store_true",
+        help="rotary positions count places in the cache: with a sliding one, text of any length "
+        "keeps to the positions that the model was trained for",
+    )  # fmt: skip
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--checkpoint", metavar="DIR",
+        help="model folder as from the Hugging Face hub (config.json, *.safetensors, tokenizer.json); "
+        "by default the small model that ships with the package",
+    )  # fmt: skip
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument(
+        "--no-compile-cache", action="store_true",
+        help="compile everything anew; otherwise compiled programs are kept in the user's cache folder "
+        "for the next run",
+    )  # fmt: skip
+
+
+def _add_compare(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prompt", metavar="PROMPT", help="text to continue")
+    parser.add_argument(
+        "--caches", metavar="LIST",
+        help="LAYOUT or LAYOUT/CODEC with commas between, the reference first, such as "
+        "static,static/int8,sliding:64+4/int4; by default all codecs and a window of half the text. "
+        f"LAYOUT: {LAYOUTS}. CODEC: {CODECS}",
+    )  # fmt: skip
+    parser.add_argument("--max-new-tokens", type=int, default=120, metavar="N")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
+    parser.add_argument("--seed", type=int, default=0)
+    _add_model(parser)
+
+
+def _add_eval(parser: argparse.ArgumentParser) -> None:
+    _add_cache(parser)
+    parser.add_argument(
+        "--context", type=int, metavar="N",
+        help="tokens of a window of text; by default what the model was trained for",
+    )  # fmt: skip
+    parser.add_argument(
+        "--text", metavar="FILE",
+        help="UTF-8 text to score; in a checkout by default the documentation held out of the shipped "
+        "model",
+    )  # fmt: skip
+    parser.add_argument("--bytes", type=int, metavar="N", help="score only the first N bytes")
+    _add_model(parser)
+
+
+def _check_numbers(options: argparse.Namespace) -> None:
+    """Refuses counts that cannot be, before anything is loaded: positions are int32."""
+    bounds = {"max_new_tokens": (1, 31), "capacity": (1, 31), "context": (1, 31), "bytes": (1, 63)}
+    for name, (least, bits) in (bounds | {"seed": (0, 63)}).items():
+        value = getattr(options, name, None)
+        if value is None or least <= value < 1 << bits:
+            continue
+        wanted = f"at least {least}" if value < least else f"below 2**{bits}"
+        raise ValueError(f"--{name.replace('_', '-')} must be {wanted}, got {short(value)}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
