@@ -44,6 +44,7 @@ from lucid_jax.cache.verbs import (
 )
 from lucid_jax.decode import (
     BeamResult,
+    Conversation,
     Generation,
     NGram,
     PromptCache,
@@ -86,6 +87,7 @@ __all__ = [
     "CacheFileError",
     "CacheState",
     "Chunked",
+    "Conversation",
     "Dynamic",
     "EncoderDecoderState",
     "Float16",

@@ -1,6 +1,7 @@
 """Decoding on a cache: sampling, generation, beam search and speculation, each in one compiled loop."""
 
 from lucid_jax.decode.beam import BeamResult, beam_search
+from lucid_jax.decode.conversation import Conversation
 from lucid_jax.decode.drafts import NGram, Tree
 from lucid_jax.decode.generation import Generation, generate, stream
 from lucid_jax.decode.language_model import LanguageModel
@@ -12,6 +13,7 @@ from lucid_jax.decode.uncached import generate_uncached, stream_uncached
 
 __all__ = [
     "BeamResult",
+    "Conversation",
     "Generation",
     "LanguageModel",
     "NGram",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections import deque
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -185,8 +186,14 @@ def _decoded(
     seen = seen_tokens(tokens, lengths, model, options.sampling)
     size = out_size(min(tokens_per_call, new))
     loop = start_loop(setup, params, state, last, seen, jax.random.key(options.seed), size)
-    yield loop
+    yield from go_on(setup, params, loop, new, tokens_per_call)
 
+
+def go_on(
+    setup: LoopSetup, params: Any, loop: TokenLoop, new: int, tokens_per_call: int
+) -> Iterator[TokenLoop]:
+    """Yields a loop that has chosen one token, and then as it is after each device call."""
+    yield loop
     step = 1
     while step < new and not bool(np.all(loop.done)):
         call = min(tokens_per_call, new - step)
