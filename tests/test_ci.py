@@ -80,7 +80,8 @@ def test_what_the_package_imports_it_declares_and_the_reverse():
     project = tomllib.loads((PROJECT / "pyproject.toml").read_text("utf-8"))["project"]
     extras = project["optional-dependencies"]
     needed = _declared(project["dependencies"])
-    declared = needed | _declared([*extras["text"], *extras["plots"], *extras["training"]])
+    for_users = (*extras["text"], *extras["gguf"], *extras["plots"], *extras["training"])
+    declared = needed | _declared(for_users)
     owners = importlib.metadata.packages_distributions()
     imported = set()
     for path in Path(lucid_jax.__file__).parent.rglob("*.py"):

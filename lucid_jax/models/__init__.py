@@ -6,6 +6,7 @@ needs no reader of files.
 
 from typing import Any
 
+from lucid_jax.models.chat import ChatTemplate
 from lucid_jax.models.config import ModelConfig
 from lucid_jax.models.t5 import T5
 from lucid_jax.models.t5_config import T5Config
@@ -13,6 +14,7 @@ from lucid_jax.models.transformer import Transformer
 
 __all__ = [
     "T5",
+    "ChatTemplate",
     "CheckpointError",
     "ModelConfig",
     "T5Config",

@@ -18,24 +18,36 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
+from lucid_jax.models.chat import ChatTemplate, Message, read_template
 from lucid_jax.models.config import read_object
 
 END_OF_TEXT = "<|endoftext|>"
+SETTINGS, _TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 
 
 class Tokenizer:
     """A tokenizer.json over the `tokenizers` library, decoding to bytes.
 
     `encode` takes text as text: the characters of a special token are encoded as any others, so that
-    input cannot forge a separator. `encode_prompt` is for what a model is to continue.
+    input cannot forge a separator. `encode_prompt` is for what a model is to continue, and
+    `apply_chat_template` for a conversation.
+
+    Attributes:
+      chat_template: how the model was told of conversations, if it was.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, add_bos: int | None = None):
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        add_bos: int | None = None,
+        chat_template: ChatTemplate | None = None,
+    ):
         """Wraps a tokenizer of the library.
 
         Args:
           backend: the tokenizer.
           add_bos: an id to start prompts with, if its own post-processor does not.
+          chat_template: see `Tokenizer`.
 
         Raises:
           ValueError: if its decoder is of a kind that is not known.
@@ -45,6 +57,7 @@ class Tokenizer:
         self._backend.encode_special_tokens = True
         self._spelling = _spelling(json.loads(backend.to_str())["decoder"])
         self._add_bos = add_bos
+        self.chat_template = chat_template
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int = 2048) -> Tokenizer:
@@ -82,23 +95,32 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path | str) -> Tokenizer:
-        """Reads a `tokenizer.json`, and of a `tokenizer_config.json` beside it `add_bos_token`.
+        """Reads a `tokenizer.json`, and what lies beside it.
+
+        That is, of a `tokenizer_config.json`, `add_bos_token` and the chat template, which a
+        `chat_template.jinja` may also hold.
 
         Raises:
-          OSError: if the file cannot be read.
-          ValueError: if it does not describe a tokenizer, or one that decodes in an unknown way.
+          OSError: if a file cannot be read.
+          ValueError: if they do not describe a tokenizer, or one that decodes in an unknown way.
         """
         path = Path(path)
-        text, settings = path.read_text("utf-8"), path.with_name("tokenizer_config.json")
-        return cls.from_json(text, settings.read_text("utf-8") if settings.is_file() else "{}")
+        beside = {
+            name: path.with_name(name).read_text("utf-8")
+            for name in (SETTINGS, _TEMPLATE)
+            if path.with_name(name).is_file()
+        }
+        return cls.from_json(
+            path.read_text("utf-8"), beside.get(SETTINGS, "{}"), beside.get(_TEMPLATE)
+        )
 
     def save(self, path: Path | str) -> None:
         """Writes a `tokenizer.json`."""
         Path(path).write_text(self.to_json(), "utf-8")
 
     @classmethod
-    def from_json(cls, text: str, settings: str = "{}") -> Tokenizer:
-        """Reads the content of a `tokenizer.json` and, perhaps, a `tokenizer_config.json`.
+    def from_json(cls, text: str, settings: str = "{}", template: str | None = None) -> Tokenizer:
+        """Reads the content of a `tokenizer.json` and, perhaps, of what `load` reads beside it.
 
         Errors as for `load`.
         """
@@ -106,16 +128,26 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"not the content of a tokenizer.json: {error}") from error
-        given = read_object(settings, "tokenizer_config.json")
+        given = read_object(settings, SETTINGS)
         bos = given.get("bos_token") if given.get("add_bos_token") else None
         bos = bos.get("content") if isinstance(bos, dict) else bos
         if bos is not None and not isinstance(bos, str):
             raise ValueError(f"tokenizer_config.json must have a text as bos_token, got {bos!r}")
-        return cls(backend, None if bos is None else backend.token_to_id(bos))
+        add_bos = None if bos is None else backend.token_to_id(bos)
+        return cls(backend, add_bos, read_template(given, template))
 
     def to_json(self) -> str:
         """The content of a `tokenizer.json`."""
         return self._backend.to_str(pretty=False)
+
+    def settings(self) -> dict[str, Any]:
+        """What a `tokenizer_config.json` has to say beside `to_json`: perhaps nothing."""
+        found: dict[str, Any] = {}
+        if self.chat_template is not None:
+            found |= {**self.chat_template.tokens, "chat_template": self.chat_template.source}
+        if self._add_bos is not None:
+            found |= {"add_bos_token": True, "bos_token": self._backend.id_to_token(self._add_bos)}
+        return found
 
     @property
     def vocab_size(self) -> int:
@@ -172,6 +204,42 @@ class Tokenizer:
         text.encode()
         ids = self._prompt_backend.encode(text).ids
         return ids if self._add_bos is None or ids[:1] == [self._add_bos] else [self._add_bos, *ids]
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> list[int]:
+        """A conversation to ids, as transformers does: a prompt for the assistant's answer.
+
+        Special tokens in what was said are taken as such, like those of `encode_prompt`; clean what
+        strangers say. The template itself puts what starts a text before it.
+
+        Args:
+          messages: what was said so far, oldest first: a `role` and a `content` each.
+          add_generation_prompt: as for `ChatTemplate.render`.
+          variables: as for `ChatTemplate.render`.
+
+        Raises:
+          ValueError: if there is no template, or as for `ChatTemplate.render`.
+          ModuleNotFoundError: as for `ChatTemplate.render`.
+
+        Example:
+          ids = tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}])
+        """
+        if self.chat_template is None:
+            raise ValueError(
+                "this tokenizer came without a chat template, as those of models that were not "
+                "trained to chat; continue text by encode_prompt, or set tokenizer.chat_template to a "
+                "ChatTemplate"
+            )
+        text = self.chat_template.render(
+            messages, add_generation_prompt=add_generation_prompt, **variables
+        )
+        text.encode()
+        return self._prompt_backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Texts to ids, in parallel."""

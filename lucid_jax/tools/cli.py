@@ -64,13 +64,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"lucid-jax {options.command}: error: {message}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
-        if error.name != "tokenizers":
+        if error.name not in ("tokenizers", "gguf", "jinja2"):
             raise
-        print(
-            f"lucid-jax {options.command}: error: text needs the tokenizers package; "
-            "install it with: pip install 'lucid-jax[text]'",
-            file=sys.stderr,
-        )
+        message = str(error)
+        if error.name == "tokenizers":
+            message = (
+                "text needs the tokenizers package; install it with: pip install 'lucid-jax[text]'"
+            )
+        print(f"lucid-jax {options.command}: error: {message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -117,9 +118,9 @@ def _add_cache(parser: argparse.ArgumentParser) -> None:
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--checkpoint", metavar="DIR",
-        help="model folder as from the Hugging Face hub (config.json, *.safetensors, tokenizer.json); "
-        "by default the small model that ships with the package",
+        "--checkpoint", metavar="PATH",
+        help="model folder as from the Hugging Face hub (config.json, *.safetensors, tokenizer.json), "
+        "or a GGUF file of a Llama; by default the small model that ships with the package",
     )  # fmt: skip
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument(
