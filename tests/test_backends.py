@@ -13,12 +13,15 @@ from jax.test_util import check_grads
 import lucid_jax as lj
 from lucid_jax.attention import NotMe, backends, prefix
 from lucid_jax.cache.reading import slot_runs
-from tests.helpers import DV, D, H, make, poison, queries, tokens
+from tests.helpers import DV, D, H, make, more_layouts, poison, queries, tokens
 from tests.oracle import Oracle, Window
 
 B, N = 2, 2 * H
 BACKENDS = ["walk", "dense"]
-LAYOUTS = {"static": lj.Static(24), "dynamic": lj.Dynamic(), "sliding": lj.Sliding(7, 2, 3)}
+LAYOUTS = {
+    "static": lj.Static(24), "dynamic": lj.Dynamic(), "sliding": lj.Sliding(7, 2, 3),
+    **{name: new() for name, new in more_layouts(5).items()},
+}  # fmt: skip
 CODECS = {
     "identity": lj.codecs.Identity(),
     "int8": lj.codecs.Int8(),
@@ -31,8 +34,7 @@ DRAWN = np.random.default_rng(0)
 
 
 def _spec(layout, codec="identity"):
-    plain = LAYOUTS[layout]
-    return type(plain)(**{**vars(plain), "codec": CODECS[codec]})
+    return LAYOUTS[layout].but(codec=CODECS[codec])
 
 
 # --- one from outside ----------------------------------------------------------------------------
@@ -67,7 +69,8 @@ def plain_product(query, slot_runs, mask, scores):
 @pytest.fixture
 def plain(monkeypatch):
     """`register`, undone after the test; returns a function that registers `plain_product`."""
-    monkeypatch.setattr(backends, "_BY_NAME", dict(backends._BY_NAME))
+    own = {name: backends._BY_NAME[name] for name in BACKENDS}  # a doctest leaves one more
+    monkeypatch.setattr(backends, "_BY_NAME", own)
     monkeypatch.setattr(backends, "_TRIED", dict(backends._TRIED))
     return functools.partial(lj.attention.register, "plain", plain_product)
 
@@ -398,6 +401,8 @@ def test_gradients_by_sinks_and_past_them(name, layout, ragged):
     (np.ones(3, np.float32), ValueError, r"one logit per query head, \(4,\), got \(3,\)"),
     (np.ones((1, N), np.float32), ValueError, r"\(4,\), got \(1, 4\)"),
     (np.ones(N, np.int32), TypeError, "floating point, got int32"),
+    ("abcd", TypeError, "^sink_logits must be an array of numbers, got str"),
+    ([None] * N, TypeError, "^sink_logits must be an array of numbers, got list"),
 ])  # fmt: skip
 def test_sinks_of_another_shape_or_dtype_are_refused(bad, error, message):
     """In both verbs."""

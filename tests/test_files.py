@@ -578,6 +578,13 @@ def test_a_codec_from_outside(tmp_path, truncated, layout):
     np.testing.assert_array_equal(read.call(state), out)
 
 
+def test_a_file_of_a_codec_that_is_not_there_says_to_import_it(tmp_path, truncated, monkeypatch):
+    save(tmp_path / "state", make(lj.Static(4, Truncated())))
+    monkeypatch.delitem(lj.codecs.CODECS, "Truncated")
+    with pytest.raises(CacheFileError, match=r"'Truncated'.*import its module first"):
+        load(tmp_path / "state")
+
+
 def test_what_files_cannot_name_says_how(tmp_path, truncated):
     """Another class of a name that is taken, one that is not registered, fields that are not counts."""
 

@@ -102,6 +102,14 @@ def empty(new, combination):
     return functools.partial(new, ragged=combination[2] == "ragged")
 
 
+def test_every_registered_codec_is_under_test():
+    """As every layout is: a new one wants a line in `CODECS`, for only a person knows its error."""
+    known = {
+        name for name, codec in lj.codecs.CODECS.items() if codec.__module__.startswith("lucid_jax")
+    }
+    assert {type(codec).__name__ for codec, _, _ in CODECS.values()} == known
+
+
 def test_every_run_draws_every_layout_and_codec_and_many_runs_every_pair():
     drawn = [draw_pairs(seed) for seed in range(100)]
     for pairs in drawn:

@@ -190,6 +190,8 @@ def test_the_latent_is_stored_once_and_updated_in_place():
         (lambda s, q, t: lj.get(s, 0), "not keys and values; get_leaves"),
         (lambda s, q, t: lj.attend(s, q["rope"], 0, scale=1.0), "pass queries for some"),
         (lambda s, q, t: lj.attend(s, q, 0), "queries by name need scale="),
+        (lambda s, q, t: lj.attend(s, q, 0, scale=1.0, rope_theta=100.0), "rotate the leaf"),
+        (lambda s, q, t: lj.extend_leaves(s, q, t, 0, scale=1.0, rope_theta=100.0), "rotate the leaf"),
         (lambda s, q, t: lj.attend(s, q | {"rope": q["latent"]}, 0, scale=1.0), "^query of rope"),
         (lambda s, q, t: lj.attend(s, q | {"rope": q["rope"][:, :2]}, 0, scale=1.0), "the same dtype"),
         (lambda s, q, t: lj.init_cache(lj.Static(4), num_layers=1, batch_size=1, num_kv_heads=1,
@@ -220,6 +222,27 @@ def test_layers_may_differ_in_their_leaves():
     state = lj.update(state, kv, kv, 2)
     assert list(lj.get_leaves(state, 1)[0]) == list(lj.get_leaves(state, 0)[0])
     assert int(lj.seq_length(state, 1)) == 2
+
+
+def test_keys_and_values_with_another_leaf_beside_them_are_still_keys_and_values():
+    """An indexer's keys: `get`, plain queries and RoPE by index go by the key and the value."""
+    dims = {"key": 4, "value": 3, "index": 2}
+    state = lj.init_cache(lj.Static(8), num_layers=1, batch_size=1, num_kv_heads=2, head_dim=dims)
+    rng = np.random.default_rng(0)
+    new = {n: rng.standard_normal((1, 2, 5, dim), np.float32) for n, dim in dims.items()}
+    state = lj.update_leaves(state, new, 0)
+    keys, values, valid = lj.get(state, 0)
+    np.testing.assert_array_equal(keys[:, :, valid], new["key"])
+    np.testing.assert_array_equal(values[:, :, valid], new["value"])
+    plain = lj.init_cache(
+        lj.Static(8), num_layers=1, batch_size=1, num_kv_heads=2, head_dim=4, value_head_dim=3
+    )
+    plain = lj.update(plain, new["key"], new["value"], 0)
+    query = rng.standard_normal((1, 4, 5, 4), np.float32)
+    for given in (query, {"key": query}):
+        got = lj.attend(state, given, 0, scale=0.5, rope_theta=100.0)
+        expected = lj.attend(plain, query, 0, scale=0.5, rope_theta=100.0)
+        np.testing.assert_array_equal(got, expected)
 
 
 def test_tokens_that_are_no_dict_are_refused():

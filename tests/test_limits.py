@@ -59,11 +59,11 @@ def test_growth_past_int32_or_memory_is_refused():
 @pytest.mark.parametrize(
     ("spec", "advice"),
     [
-        (lj.Static, r"Static\(2048\), got the class Static"),
+        (lj.Static, r"Static\(256\), got the class Static"),
         (lj.Dynamic, r"Dynamic\(\), got the class Dynamic"),
         (lj.Sliding, r"Sliding\(256\), got the class Sliding"),
         ([lj.Static(4), lj.Sliding], r"Sliding\(256\), got the class Sliding"),
-        ("static", r"Static\(2048\), Dynamic\(\), Sliding\(256\), .*got 'static'"),
+        ("static", r"Static\(256\), Dynamic\(\), Sliding\(256\), .*got 'static'"),
         (lj.codecs.Int8(), "got Int8"),
     ],
 )

@@ -296,8 +296,20 @@ def test_a_traced_index_of_layers_apart_is_refused_with_the_fix():
         lj.reset,
         lj.stack,
         lambda s: lj.concat([s, s]),
+        lambda s: lj.free(s, [0]),
     ],
-    ids=["update", "get", "attend", "crop", "rollback", "select", "reset", "stack", "concat"],
+    ids=[
+        "update",
+        "get",
+        "attend",
+        "crop",
+        "rollback",
+        "select",
+        "reset",
+        "stack",
+        "concat",
+        "free",
+    ],
 )
 @pytest.mark.parametrize("codec", ["identity", "int8"])
 def test_states_stacked_by_hand_are_refused_but_in_vmap_and_scan(use, codec):

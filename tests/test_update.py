@@ -77,6 +77,7 @@ STATIC_ERRORS = {
     "boolean layer": (_with(layer_idx=False), TypeError, ["int", "False"]),
     "float position": (_with(cache_position=np.arange(3.0)), TypeError, ["integers", "float"]),
     "boolean position": (_with(cache_position=np.ones(3, bool)), TypeError, ["integers", "bool"]),
+    "text key": (_with(key="abcd"), TypeError, ["key must be an array of numbers", "str"]),
     "text position": (_with(cache_position=["a", "b", "c"]), TypeError, ["integers"]),
     "0-D for many": (_with(cache_position=4), ValueError, ["one token", "3"]),
     "1-D length": (_with(cache_position=[0, 1]), ValueError, ["(3,)", "(2,)"]),

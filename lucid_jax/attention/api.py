@@ -349,7 +349,7 @@ def extend_leaves(
     """
     layer = state.own_layer(layer_idx)
     queries = as_queries(layer, query, scale, state.axes)
-    new = {name: as_array(x) for name, x in tokens.items()}
+    new = {name: as_array(x, name) for name, x in tokens.items()}
     check_tokens(layer, new, state.axes)
     new = {name: swapped(x, state.axes) for name, x in new.items()}
     count = new[layer.packing.mixed].shape[2]

@@ -111,6 +111,11 @@ def as_options(queries: RowsByLeaf, given: ScoreKeywords, causal: bool = True) -
         )
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be positive, got {softcap}; None turns it off")
+    if rope_theta is not None and set(queries) != {"key"}:
+        raise ValueError(
+            "rope_theta= rotates a layer's keys, so it takes queries of `key` alone; rotate the leaf "
+            "that carries positions before update_leaves, and its query, by lucid_jax.nn.rope"
+        )
     if rope_theta is not None and not causal:
         raise ValueError("rope_theta= gives causal queries a place; drop it or causal=False")
     scores = Scores(
@@ -139,9 +144,10 @@ def as_queries(layer: TokenLayer, query: Any, scale: Any, axes: str) -> RowsByLe
             "queries by name need scale=: they are wider than the heads that they stand for, whose "
             "width says what it is"
         )
-    queries = {name: as_array(x) for name, x in queries.items()}
+    called_by = {name: f"query of {name}" if by_name else "query" for name in queries}
+    queries = {name: as_array(x, called_by[name]) for name, x in queries.items()}
     for name, x in queries.items():
-        called = f"query of {name}" if by_name else "query"
+        called = called_by[name]
         check_shape(
             called, x, axes, layer.batch_size, layer.num_kv_heads, widths[name], grouped=True
         )
@@ -158,7 +164,7 @@ def as_queries(layer: TokenLayer, query: Any, scale: Any, axes: str) -> RowsByLe
 def _as_sink_logits(x: ArrayLike | None, heads: int) -> jax.Array | None:
     if x is None:
         return None
-    logits = as_array(x)
+    logits = as_array(x, "sink_logits")
     if not jnp.issubdtype(logits.dtype, jnp.floating):
         raise TypeError(f"sink_logits must be floating point, got {logits.dtype}")
     if logits.shape != (heads,):
@@ -174,7 +180,7 @@ def _by_index(
     """Checks a mask or bias and gives it four axes."""
     if given is None:
         return None
-    x = as_array(given)
+    x = as_array(given, name)
     if name == "mask" and x.dtype != jnp.bool_:
         raise TypeError(
             f"mask must be boolean (True = may see), got {x.dtype}; or pass it as bias="

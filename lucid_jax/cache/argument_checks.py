@@ -19,11 +19,14 @@ def is_traced(*trees: Any) -> bool:
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(trees))
 
 
-def as_array(x: Any) -> jax.Array:
+def as_array(x: Any, name: str = "this") -> jax.Array:
     """Turns anything with `__array__` or `__dlpack__` into a `jax.Array`, keeping its dtype.
 
     64-bit inputs become 32-bit where JAX runs without `jax_enable_x64`, silently: the caller cannot
     store more than JAX offers.
+
+    Raises:
+        TypeError: for what holds no numbers, by the argument's name.
 
     Example:
         >>> as_array([1, 2]).dtype
@@ -32,11 +35,14 @@ def as_array(x: Any) -> jax.Array:
     if isinstance(x, (jax.Array, jax.core.Tracer)):
         return x
     host = _on_host(x)
+    if not (jnp.issubdtype(host.dtype, jnp.number) or host.dtype == np.bool_):
+        raise TypeError(
+            f"{name} must be an array of numbers, got {type(x).__name__}, as an array {host.dtype}"
+        )
+    dtype = jax.dtypes.canonicalize_dtype(host.dtype)
     # A copy: JAX may alias a NumPy array, and the caller may write to it before the device has read.
     # By NumPy and device_put, as jnp.array would compile a program for every new shape.
-    array: jax.Array = jax.device_put(
-        np.array(host, dtype=jax.dtypes.canonicalize_dtype(host.dtype), copy=True)
-    )
+    array: jax.Array = jax.device_put(np.array(host, dtype=dtype, copy=True))
     return array
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -19,7 +20,7 @@ from lucid_jax.cache.argument_checks import (
 )
 from lucid_jax.cache.axes import STORED, check_axes
 from lucid_jax.cache.introspection import _nbytes
-from lucid_jax.cache.layouts.base import LayerSpec
+from lucid_jax.cache.layouts import LAYOUTS, LayerSpec
 from lucid_jax.cache.sharding import (
     MeshAxes,
     as_axes,
@@ -155,18 +156,19 @@ def _as_spec(spec: LayerSpec) -> LayerSpec:
     """Checks what was given as a spec."""
     if isinstance(spec, type) or not callable(getattr(spec, "init", None)):
         name = getattr(spec, "__name__", "")
-        usual = {
-            "Static": "Static(2048)",
-            "Dynamic": "Dynamic()",
-            "Sliding": "Sliding(256)",
-            "Chunked": "Chunked(256)",
-        }
+        usual = {name: f"{name}({_needed(one)})" for name, one in LAYOUTS.items()}
         given = f"the class {name}" if isinstance(spec, type) else repr(spec)
         raise TypeError(
             f"spec must say how a layer stores tokens: {usual.get(name) or ', '.join(usual.values())}"
             f", got {given}"
         )
     return spec
+
+
+def _needed(spec: Any) -> str:
+    """What a spec must be told, in numbers that would do."""
+    fields = dataclasses.fields(spec)
+    return ", ".join("256" for field in fields if field.default is dataclasses.MISSING)
 
 
 def _allocated(

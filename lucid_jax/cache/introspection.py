@@ -52,7 +52,7 @@ def get(state: CacheState, layer_idx: LayerIndex) -> tuple[jax.Array, jax.Array,
         ((1, 2, 4, 8), False)
     """
     tokens, valid = get_leaves(state, layer_idx)
-    if set(tokens) != {"key", "value"}:
+    if not {"key", "value"} <= set(tokens):
         raise ValueError(
             f"this layer stores {' and '.join(tokens)}, not keys and values; get_leaves(state, "
             "layer_idx) gives all leaves by name"

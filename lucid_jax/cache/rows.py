@@ -209,7 +209,7 @@ def free(state: CacheState, rows: ArrayLike, *, donate: bool = False) -> CacheSt
     """
     check_alive(state)
     _need_ragged(state, "free")
-    array = as_array(rows)
+    array = as_array(rows, "rows")
     if array.shape == (0,):
         return state
     ok: Any = np.True_
@@ -289,7 +289,7 @@ def compact(
             f"{layer.spec}; windows and chunks evict by themselves, and groups of tokens are quantized "
             "together"
         )
-    chosen = as_array(keep)
+    chosen = as_array(keep, "keep")
     if chosen.dtype != jnp.bool_:
         raise TypeError(
             f"keep must be boolean, got {chosen.dtype}; keep_best(scores, n) makes it from scores"
@@ -350,6 +350,8 @@ def _compact(layer: TokenLayer, chosen: jax.Array) -> TokenLayer:
 
 
 def _need_ragged(state: CacheState, verb: str) -> None:
+    for layer in state.layers:
+        layer.check_axes()
     if not state.ragged:
         raise ValueError(
             f"{verb} needs a ragged cache, where each row has its own length; "

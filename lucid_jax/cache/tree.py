@@ -39,7 +39,7 @@ def tree_mask(sees: ArrayLike, first: jax.Array, capacity: int) -> jax.Array:
         >>> tree_mask(sees, jnp.array([1]), 4)[0, 0].astype(int).tolist()
         [[1, 1, 0, 0], [1, 0, 1, 0]]
     """
-    table = as_array(sees)
+    table = as_array(sees, "sees")
     nodes = table.shape[1]
     node = span(-first, capacity)  # [B, C]
     inside = jnp.take(table, jnp.clip(node, 0, nodes - 1), axis=1)  # (T, B, C)

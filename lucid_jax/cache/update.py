@@ -140,7 +140,7 @@ def update_leaves(
         )
     layer = state.own_layer(layer_idx)
     if state.axes != STORED:
-        given = {name: as_array(x) for name, x in tokens.items()}
+        given = {name: as_array(x, name) for name, x in tokens.items()}
         check_tokens(layer, given, state.axes)
         tokens = {name: swapped(x, state.axes) for name, x in given.items()}
     new = update_layer(layer, tokens, cache_position, lengths, donate=donate)
@@ -160,7 +160,7 @@ def update_layer(
 
     Of an aligned layer `stored` is the length, where the host knows it without asking the device.
     """
-    new = {name: as_array(x) for name, x in tokens.items()}
+    new = {name: as_array(x, name) for name, x in tokens.items()}
     check_tokens(layer, new)
     count = new[layer.packing.mixed].shape[2]
     counts = as_counts(lengths, layer, count)

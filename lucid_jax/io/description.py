@@ -232,7 +232,8 @@ def _made(description: Any, known: Mapping[str, Any], what: str) -> Any:
     if not isinstance(name, str) or name not in known:
         raise Mismatch(
             f"expected {what} to be one of {', '.join(known)}, got {short(description)}",
-            "if a newer lucid_jax wrote it, update the package",
+            "if a codec of one's own, import its module first (`lucid_jax.codecs.register`); if of a "
+            "newer lucid_jax, update the package",
         )
     hints = get_type_hints(known[name])  # of one's own class they may be strings or types
     types = {field.name: hints[field.name] for field in dataclasses.fields(known[name])}

@@ -53,8 +53,9 @@ class Chunked(LayerSpec):
     arithmetic: ClassVar[type] = Blocks
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "size", check_count(self.size, "size of Chunked", 1))
-        object.__setattr__(self, "slack", check_count(self.slack, "slack of Chunked"))
+        for name, least in (("size", 1), ("slack", 0)):
+            value = check_count(getattr(self, name), f"{name} of Chunked", least)
+            object.__setattr__(self, name, value)
         check_codec(self.codec)
 
     def layout(self) -> Blocks:
