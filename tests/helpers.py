@@ -149,8 +149,8 @@ def poison(state):
 
     def spoil_layer(layer):
         packed, *raw = slot_runs(layer)
-        recent = spoil(layer.recent, raw[0]) if raw else None
-        return layer.replace(leaves=layer.leaves | spoil(layer.stored, packed), recent=recent)
+        last = spoil(layer.tail, raw[0]) if raw else None
+        return layer.replace(leaves=layer.leaves | spoil(layer.stored, packed), tail=last)
 
     return state.with_layers(spoil_layer(layer) for layer in state.layers)
 

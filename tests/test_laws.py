@@ -294,7 +294,7 @@ def test_a_donated_state_is_reused_in_place_and_then_refused(empty, call):
     """The new state lives at the old address, and the old one says clearly that it is gone."""
     state = _used(empty)
     old = state.layers[0]
-    storage = lambda layer: jax.tree.leaves((layer.key, layer.value, layer.recent))  # noqa: E731
+    storage = lambda layer: jax.tree.leaves((layer.key, layer.value, layer.tail))  # noqa: E731
     addresses = [leaf.unsafe_buffer_pointer() for leaf in storage(old)]
     layer = call(state, True).layers[0]
     assert addresses == [leaf.unsafe_buffer_pointer() for leaf in storage(layer)]

@@ -151,7 +151,7 @@ def test_evicted_tokens_and_files_keep_their_leaves(tmp_path):
 
 @pytest.mark.parametrize("codec", [lj.codecs.Identity(), lj.codecs.Int8()], ids=["plain", "int8"])
 def test_files_tell_leaves_from_counters_of_the_same_name(tmp_path, codec):
-    dims = {"start": 2, "recent": 3, "floor": 4, "leaves": 5, "a.b": 2}
+    dims = {"start": 2, "recent": 3, "tail": 2, "floor": 4, "leaves": 5, "a.b": 2}
     state = lj.init_cache(
         lj.Static(4, codec), num_layers=1, batch_size=1, num_kv_heads=1, head_dim=dims
     )

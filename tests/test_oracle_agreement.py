@@ -76,7 +76,7 @@ def _model_of(codec):
         pairs = zip(forms, (key[None], value[None]), strict=True)
         return [form.decode(form.encode(tokens))[0] for form, tokens in pairs]
 
-    return Codec(read_back, CODECS[codec].unit, CODECS[codec].residual)
+    return Codec(read_back, CODECS[codec].unit, CODECS[codec].tail)
 
 
 class Pair:

@@ -424,7 +424,7 @@ def test_quantized_caches_run(codec, error, want, decoder):
     cache = given.init_cache(lj.Static(16, codec=codec), 3)
     got, _ = logits(given, decoder[:, :12], cache)
     assert 0 < np.abs(got - want[:, :12]).max() < error * np.abs(want).max()
-    if codec.residual:
+    if codec.tail:
         result = lj.generate(
             given, given.prompts, max_new_tokens=5, cache=lj.Sliding(16, codec=codec)
         )

@@ -81,7 +81,7 @@ def take_in(layer: TokenLayer, tokens: Tokens, counts: jax.Array | None) -> Chun
     ok = (count >= 0) & (count <= new) & layer.fits(count)
     count = jnp.where(ok, count, 0)
     tokens = packing.admit(tokens)
-    if layer.recent is None:
+    if layer.tail is None:
         return Chunk(
             leaves=encoded(packing.forms, tokens),
             first=layer.position,
@@ -93,7 +93,7 @@ def take_in(layer: TokenLayer, tokens: Tokens, counts: jax.Array | None) -> Chun
         )
     first = packing.flushed(layer.position)
     fresh = encoded(packing.raw_forms, tokens)
-    raw = tail.window(layer.buffer, layer.recent, first, layer.position, fresh)
+    raw = tail.window(layer.buffer, layer.tail, first, layer.position, fresh)
     groups = tail.whole_groups(raw, first, layer.start, packing.codec.unit, new)
     return Chunk(
         leaves=encoded(packing.forms, decoded(packing.raw_forms, groups)),
@@ -130,13 +130,13 @@ def put(layer: TokenLayer, chunk: Chunk) -> TokenLayer:
     def put_leaf(leaf: jax.Array, tokens: jax.Array) -> jax.Array:
         return write(layer, chunk, width, leaf, tokens)
 
-    recent = layer.recent
-    if recent is not None:
+    last = layer.tail
+    if last is not None:
         assert chunk.raw is not None
-        recent = tail.put(layer.buffer, recent, chunk.raw, chunk.first, layer.position, chunk.count)
+        last = tail.put(layer.buffer, last, chunk.raw, chunk.first, layer.position, chunk.count)
     most = f"the capacity of {layer.capacity}" if layer.bounded else "what int32 can count"
     leaves = jax.tree.map(put_leaf, layer.leaves, new)
-    return layer.replace(leaves=leaves, recent=recent).advanced(
+    return layer.replace(leaves=leaves, tail=last).advanced(
         chunk.count, chunk.ok, f"append past {most}; nothing was written"
     )
 

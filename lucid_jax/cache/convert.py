@@ -16,14 +16,14 @@ def astype(layer: TokenLayer, dtype: jnp.dtype) -> TokenLayer:
     old = layer.packing
     check_dtype(dtype, old.codec)
     new = dataclasses.replace(old, dtype=dtype.name)
-    stored, recent = layer.stored, layer.recent
+    stored, last = layer.stored, layer.tail
     if old.differentiable:
         stored = new.admit(stored)
     stored = {name: old.forms[name].cast(x, new.forms[name]) for name, x in stored.items()}
-    if recent is not None:
+    if last is not None:
         forms = old.raw_forms
-        recent = {name: forms[name].cast(x, new.raw_forms[name]) for name, x in recent.items()}
-    return layer.replace(leaves=layer.leaves | stored, recent=recent, packing=new)
+        last = {name: forms[name].cast(x, new.raw_forms[name]) for name, x in last.items()}
+    return layer.replace(leaves=layer.leaves | stored, tail=last, packing=new)
 
 
 def stored_by(layer: TokenLayer, codec: Codec) -> TokenLayer:

@@ -21,6 +21,7 @@ from lucid_jax.cache.packing import Packed
 from lucid_jax.cache.sharding import in_auto_axes
 from lucid_jax.cache.slots import span
 from lucid_jax.cache.state import CacheState
+from lucid_jax.cache.tail import Raw
 from lucid_jax.cache.tokens import TokenLayer
 
 
@@ -29,7 +30,7 @@ class Segment:
     """What `tokens` consecutive tokens added to one layer."""
 
     leaves: Packed  # by name, (B, H, n, ...): the slots they filled, whole groups of the codec
-    recent: tail.Raw | None  # with a tail, the latest of them in full precision
+    tail: Raw | None  # with a tail, the latest of them in full precision
     tokens: int = struct.field(pytree_node=False)
 
 
@@ -76,13 +77,13 @@ def _cut(layer: TokenLayer, tokens: int) -> Segment:
         stride = layer.stride(leaf)
         return layer.buffer.take(leaf, slot[..., ::stride] // stride)
 
-    recent = layer.recent
-    if recent is not None:
-        size = layer.buffer.slots(next(iter(recent.values())))
+    last = layer.tail
+    if last is not None:
+        size = layer.buffer.slots(next(iter(last.values())))
         held = min(tokens, size)
         latest = span(layer.position - held, held) % size
-        recent = jax.tree.map(lambda leaf: layer.buffer.take(leaf, latest), recent)
-    return Segment(leaves=jax.tree.map(read, layer.stored), recent=recent, tokens=tokens)
+        last = jax.tree.map(lambda leaf: layer.buffer.take(leaf, latest), last)
+    return Segment(leaves=jax.tree.map(read, layer.stored), tail=last, tokens=tokens)
 
 
 def _join(layer: TokenLayer, segment: Segment) -> TokenLayer:
@@ -91,13 +92,13 @@ def _join(layer: TokenLayer, segment: Segment) -> TokenLayer:
     count = jnp.where(ok, count, 0)
     first = layer.packing.flushed(layer.position)
     raw: Any = None
-    if layer.recent is not None:
-        assert segment.recent is not None
+    if layer.tail is not None:
+        assert segment.tail is not None
         # A tail keeps the latest tokens only: those before them may be anything.
-        missing = segment.tokens - tail.size_of(segment.recent)
+        missing = segment.tokens - tail.size_of(segment.tail)
         widen = ((0, 0), (0, 0), (missing, 0), (0, 0))
-        new = {name: jnp.pad(x, widen) for name, x in segment.recent.items()}
-        raw = tail.window(layer.buffer, layer.recent, first, layer.position, new)
+        new = {name: jnp.pad(x, widen) for name, x in segment.tail.items()}
+        raw = tail.window(layer.buffer, layer.tail, first, layer.position, new)
     return put(
         layer,
         Chunk(
@@ -106,7 +107,7 @@ def _join(layer: TokenLayer, segment: Segment) -> TokenLayer:
             stored=layer.packing.flushed(layer.position + count) - first,
             count=count,
             ok=ok,
-            exact=layer.recent is None,
+            exact=layer.tail is None,
             raw=raw,
         ),
     )

@@ -13,7 +13,7 @@ from lucid_jax.cache.tokens import POSITIONS, TokenLayer
 
 def can_evict(layer: TokenLayer) -> bool:
     """Whether single tokens can leave: they lie side by side, each by itself, whatever came before."""
-    return layer.in_order and not layer.packing.codec.residual
+    return layer.in_order and not layer.packing.codec.tail
 
 
 def tracked(layer: TokenLayer) -> TokenLayer:

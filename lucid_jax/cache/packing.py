@@ -87,7 +87,7 @@ class Packing:
     @cached_property
     def leaf_dtypes(self) -> tuple[jnp.dtype, ...]:
         """The dtypes of the position, all leaves and the tail's, in the order of the tree."""
-        forms = [self.forms, *([self.raw_forms] if self.codec.residual else [])]
+        forms = [self.forms, *([self.raw_forms] if self.codec.tail else [])]
         stored = jax.eval_shape(
             lambda: [{n: f.empty(1, 1, self.codec.unit) for n, f in each.items()} for each in forms]
         )
@@ -101,7 +101,7 @@ class Packing:
 
     def flushed(self, position: jax.Array) -> jax.Array:
         """Of the tokens before `position`, how many are in slots, and not only in the tail."""
-        return flushed(position, self.codec.residual, self.codec.unit)
+        return flushed(position, self.codec.tail, self.codec.unit)
 
 
 def encoded(forms: Mapping[str, Form], tokens: Tokens) -> Packed:
@@ -114,8 +114,8 @@ def decoded(forms: Mapping[str, Form], stored: Packed) -> Tokens:
     return {name: form.decode(stored[name]) for name, form in forms.items()}
 
 
-def flushed(position: jax.Array, residual: int, group: int) -> jax.Array:
-    """Of the tokens before `position`, how many have left a tail of `residual`, by whole groups."""
-    if not residual:
+def flushed(position: jax.Array, tail: int, group: int) -> jax.Array:
+    """Of the tokens before `position`, how many have left a tail of so many, by whole groups."""
+    if not tail:
         return position
-    return jnp.maximum((position - residual) // jnp.int32(group) * group, 0)
+    return jnp.maximum((position - tail) // jnp.int32(group) * group, 0)

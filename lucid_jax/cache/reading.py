@@ -88,24 +88,24 @@ class Copy:
     """Which of a token's two copies a run holds, where the latest are kept in full precision too.
 
     Attributes:
-        residual: tokens that every query reads in full precision.
+        tail: tokens that every query reads in full precision.
         group: tokens that are packed together.
         packed: whether the run holds the packed copy.
     """
 
-    residual: int
+    tail: int
     group: int
     packed: bool
 
     def visible(self, query: jax.Array, stored: jax.Array) -> jax.Array:
         """Whether a query reads this copy: by what was packed when it was the newest."""
-        packed = stored < flushed(query + 1, self.residual, self.group)
+        packed = stored < flushed(query + 1, self.tail, self.group)
         return packed if self.packed else ~packed
 
 
 def copy_of(codec: Codec, packed: bool) -> Copy | None:
     """Which of a token's two copies a run holds; None if there is one."""
-    return Copy(codec.residual, codec.unit, packed) if codec.residual else None
+    return Copy(codec.tail, codec.unit, packed) if codec.tail else None
 
 
 @struct.dataclass
@@ -235,15 +235,15 @@ def slot_runs(layer: TokenLayer) -> list[SlotRun]:
         copy=copy_of(codec, packed=True),
         in_order=layer.in_order,
     )
-    if layer.recent is None:
+    if layer.tail is None:
         return [packed]
-    size = layer.buffer.slots(next(iter(layer.recent.values())))
+    size = layer.buffer.slots(next(iter(layer.tail.values())))
     around = SlotMap(
         layer.start, layer.position, layer.start, layer.reach, layout=tail.Around(size)
     )
     latest = slot_run_of(
         layer,
-        layer.recent,
+        layer.tail,
         packing.raw_forms,
         around,
         jnp.minimum(jnp.max(layer.reach), size),
@@ -307,14 +307,14 @@ def tokens(layer: TokenLayer) -> Tokens:
         name: Rows().take(form.decode(jax.tree.map(buffer.own, layer.leaves[name])), slot)
         for name, form in packing.forms.items()
     }
-    if layer.recent is None:
+    if layer.tail is None:
         return found
-    size = buffer.slots(next(iter(layer.recent.values())))
+    size = buffer.slots(next(iter(layer.tail.values())))
     fresh = position >= packing.flushed(layer.position)[..., None]
     fresh = fresh.reshape(-1, 1, layer.capacity, 1)
     return {
         name: jnp.where(
-            fresh, form.decode(buffer.take(layer.recent[name], position % size)), found[name]
+            fresh, form.decode(buffer.take(layer.tail[name], position % size)), found[name]
         )
         for name, form in packing.raw_forms.items()
     }

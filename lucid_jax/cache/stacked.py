@@ -222,8 +222,8 @@ def with_view(stack: TokenLayer, number: Any, layer: TokenLayer) -> TokenLayer:
 def alone(stack: TokenLayer, number: Any) -> TokenLayer:
     """A copy of layer `number` of a stack as a layer of its own."""
     of_stack = view(stack, number)
-    leaves, recent = jax.tree.map(of_stack.buffer.own, (stack.leaves, stack.recent))
-    return of_stack.replace(leaves=leaves, recent=recent, buffer=Rows())
+    leaves, last = jax.tree.map(of_stack.buffer.own, (stack.leaves, stack.tail))
+    return of_stack.replace(leaves=leaves, tail=last, buffer=Rows())
 
 
 def stacked(layers: list[TokenLayer]) -> TokenLayer:
@@ -287,12 +287,12 @@ def each(layer: TokenLayer, change: Callable[..., TokenLayer], *others: TokenLay
         return change(layer, *others)
     stacks = (layer, *others)
     numbers = jnp.arange(count(layer), dtype=jnp.int32)
-    leaves, structure = jax.tree.flatten((layer.leaves, layer.recent))
+    leaves, structure = jax.tree.flatten((layer.leaves, layer.tail))
 
     def changed(leaves: list[jax.Array], x: Any) -> TokenLayer:
         number, counters = x
-        tokens, recent = jax.tree.unflatten(structure, leaves)
-        mine = layer.replace(leaves=tokens, recent=recent)
+        tokens, last = jax.tree.unflatten(structure, leaves)
+        mine = layer.replace(leaves=tokens, tail=last)
         views = map(_view, (mine, *others), [number] * len(stacks), counters)
         return change(*views)
 
@@ -300,7 +300,7 @@ def each(layer: TokenLayer, change: Callable[..., TokenLayer], *others: TokenLay
 
     def look(x: Any) -> Counters:
         new = changed(leaves, x)
-        after.extend(jax.tree.leaves((new.leaves, new.recent)))
+        after.extend(jax.tree.leaves((new.leaves, new.tail)))
         return new.counters()
 
     each_counters = [stack.counters() for stack in stacks]
@@ -322,12 +322,12 @@ def each(layer: TokenLayer, change: Callable[..., TokenLayer], *others: TokenLay
 
     def turn(some: list[jax.Array], x: Any) -> tuple[list[jax.Array], Counters]:
         new = changed(among_all(some), x)
-        return moving(jax.tree.leaves((new.leaves, new.recent))), new.counters()
+        return moving(jax.tree.leaves((new.leaves, new.tail))), new.counters()
 
     start = [varying_as(*pair) for pair in zip(moving(leaves), moving(after), strict=True)]
     some, counters = lax.scan(turn, start, (numbers, each_counters))
-    tokens, recent = jax.tree.unflatten(structure, among_all(some))
-    return layer.replace(leaves=tokens, recent=recent, **counters)
+    tokens, last = jax.tree.unflatten(structure, among_all(some))
+    return layer.replace(leaves=tokens, tail=last, **counters)
 
 
 def _resized(stacks: tuple[TokenLayer, ...], change: Callable[..., TokenLayer]) -> TokenLayer:

@@ -43,7 +43,7 @@ class TokenLayer:
     """
 
     leaves: Packed  # by name, (B, H, S, ...): as the codec stores tokens; see `Packing.dims`
-    recent: dict[str, jax.Array] | None  # the latest tokens in full precision; see tail.py
+    tail: dict[str, jax.Array] | None  # the latest tokens in full precision; see tail.py
     start: jax.Array  # int32 [] or [B]: absolute position of the oldest token not cropped
     position: jax.Array  # int32 [] or [B]: tokens ever seen, the next absolute position
     reach: jax.Array  # int32 [] or [B]: largest position ever; what rollback left lies below
@@ -170,9 +170,7 @@ class TokenLayer:
 
         A chunk of `lookback + 1` tokens leaves all that its own queries may see.
         """
-        bounds = [
-            x for x in (self.layout.slack, self.packing.codec.residual or None) if x is not None
-        ]
+        bounds = [x for x in (self.layout.slack, self.packing.codec.tail or None) if x is not None]
         return min(bounds, default=None)
 
     @property
@@ -216,7 +214,7 @@ class TokenLayer:
 
     def check_dtypes(self) -> None:
         """Raises if the leaves are not what the codec makes of tokens of this dtype."""
-        leaves = jax.tree.leaves((self.position, self.stored, self.recent))
+        leaves = jax.tree.leaves((self.position, self.stored, self.tail))
         found = tuple(leaf.dtype for leaf in leaves)
         if found != self.packing.leaf_dtypes:
             expected, came = (
@@ -317,10 +315,10 @@ class TokenLayer:
             ok = derive.retained(self.layout, self.start, position, packed, reach, window)
         if self.floor is not None:
             ok = ok & (position >= self.floor)
-        if self.recent is None:
+        if self.tail is None:
             return ok
         oldest = jnp.maximum(packed, self.start)
-        size = self.buffer.slots(next(iter(self.recent.values())))
+        size = self.buffer.slots(next(iter(self.tail.values())))
         return ok & ((oldest >= self.reach - size) | (position <= self.start))
 
     def answers(self, queries: jax.Array, window: int | None = None) -> jax.Array:
@@ -344,7 +342,7 @@ class TokenLayer:
         """Whether a layer at an earlier `position` would have nothing in its rings."""
         nothing = position <= self.start
         # Pinned tokens are in no ring, but their tail is.
-        if self.recent is not None or not self.layout.pinned:
+        if self.tail is not None or not self.layout.pinned:
             return nothing
         return nothing | (position <= self.layout.pinned)
 
@@ -408,7 +406,7 @@ class TokenLayer:
             counters = {n: jnp.take(x, rows, mode="clip") for n, x in counters.items()}
         return self.replace(
             leaves=jax.tree.map(gather, self.leaves),
-            recent=jax.tree.map(gather_whole, self.recent),
+            tail=jax.tree.map(gather_whole, self.tail),
             **counters,
         )
 
@@ -432,7 +430,7 @@ class TokenLayer:
 
         changes: dict[str, Any] = {
             "leaves": jax.tree.map(move, self.leaves, other.leaves),
-            "recent": jax.tree.map(move_whole, self.recent, other.recent),
+            "tail": jax.tree.map(move_whole, self.tail, other.tail),
         }
         theirs = other.counters()
         for name, counter in self.counters().items():
@@ -490,14 +488,14 @@ def _empty(
         # Each leaf gets its own zeros: a buffer shared by two leaves could not be donated.
         return {name: form.empty(batch_size, heads, slots) for name, form in forms.items()}
 
-    leaves, recent, codec = zeros(packing.forms, layout.slots), None, packing.codec
-    if codec.residual:
-        recent = zeros(packing.raw_forms, 2 * codec.residual + codec.unit)
+    leaves, last, codec = zeros(packing.forms, layout.slots), None, packing.codec
+    if codec.tail:
+        last = zeros(packing.raw_forms, 2 * codec.tail + codec.unit)
     if spec.track:
         leaves[POSITIONS] = jnp.full((batch_size, heads, layout.slots), -1, jnp.int32)
     return TokenLayer(
         leaves=leaves,
-        recent=recent,
+        tail=last,
         start=jnp.zeros(counter, jnp.int32),
         position=jnp.zeros(counter, jnp.int32),
         reach=jnp.zeros(counter, jnp.int32),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, get_type_hints
 
@@ -337,6 +338,7 @@ _PATHS = {
     ".leaves.value": ".value",
     f".leaves.{POSITIONS}": ".places.position",
     ".floor": ".places.floor",
+    ".tail": ".recent",
 }
 
 
@@ -346,6 +348,6 @@ def leaves_by_path(tree: Any) -> dict[str, Any]:
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         for now, before in _PATHS.items():
-            name = name.replace(now, before, 1)
+            name = re.sub(rf"^(\w+\.\d+){re.escape(now)}(?=\.|$)", rf"\1{before}", name)
         named[name] = leaf
     return named

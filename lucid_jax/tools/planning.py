@@ -230,7 +230,7 @@ def _plan_rows(
     for spec, layer in zip(kinds, jax.eval_shape(build).layers, strict=True):
         layers = specs.count(spec)
         slots = batch_size * layer.num_slots
-        growing = slot_leaves(layer.replace(recent=None)) if layer.bounded else []
+        growing = slot_leaves(layer.replace(tail=None)) if layer.bounded else []
         rows.append(
             PlanRow(
                 layers=layers,

@@ -28,8 +28,8 @@ def plot_occupancy(state: CacheState, layer_idx: int | None = None, row: int = 0
 
     A band per layer: slots from left to right, coloured by the position of the token in them, light
     grey where none is live. What a ring keeps for rollback is live, if outside the window. A dashed
-    line parts the pinned slots of sinks from the ring. Below a layer whose codec has a residual, a
-    thin band shows the residual's slots. If heads hold different tokens, each has a line in the band.
+    line parts the pinned slots of sinks from the ring. Below a layer whose codec has a tail, a
+    thin band shows the tail's slots. If heads hold different tokens, each has a line in the band.
 
     Args:
         state: the cache, not traced.
@@ -71,15 +71,15 @@ class _Band(NamedTuple):
 
 
 def _bands(index: int, layer: TokenLayer, row: int) -> list[_Band]:
-    """The slots of a layer, and of its residual if it has one."""
+    """The slots of a layer, and of its tail if it has one."""
     length = np.broadcast_to(np.asarray(layer.length), layer.batch_size)[row]
     layout, codec = short_name(layer.spec, leave_out="codec"), short_name(layer.packing.codec)
     title = f"layer {index}: {layout}, {codec}, length {length} / {layer.capacity}"
     boundary = layer.layout.pinned - 0.5 if layer.layout.pinned else None
-    slots, *residual = (_of_row(positions, row) for positions in _positions(layer))
+    slots, *tail = (_of_row(positions, row) for positions in _positions(layer))
     return [
         _Band(title, slots, boundary, height=1.0),
-        *(_Band("residual, full precision", each, None, height=0.4) for each in residual),
+        *(_Band("tail, full precision", each, None, height=0.4) for each in tail),
     ]
 
 

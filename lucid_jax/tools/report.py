@@ -134,9 +134,9 @@ def memory_report(state: CacheState) -> MemoryReport:
     """What each layer of a cache reserves, what its tokens fill, and what 16-bit floats would take.
 
     `reserved` is the size of all buffers of the layer. `used` counts every stored token once, where
-    the latest query would read it: in its slot or in the residual, with its scales and, in a tracked
+    the latest query would read it: in its slot or in the tail, with its scales and, in a tracked
     layer, its positions. A scale that several tokens share counts whole as soon as one of them is
-    read. Slots kept for rollback (slack, tokens quantized that are also still in the residual), empty
+    read. Slots kept for rollback (slack, tokens quantized that are also still in the tail), empty
     slots and the counters are reserved but not used. `float16` is 2 bytes for each number of the
     stored keys and values, by every row's own length.
 
@@ -189,7 +189,7 @@ def _readers(state: CacheState, index: int) -> tuple[int, ...]:
 
 def _bytes_reserved(layer: TokenLayer) -> int:
     """Bytes of a layer, or of one of a stack."""
-    tokens = bytes_of((layer.leaves, layer.recent))
+    tokens = bytes_of((layer.leaves, layer.tail))
     alike = jax.tree.leaves(layer.leaves)[0].shape[0] if layer.buffer.lead else 1
     return tokens // alike + bytes_of(layer.counters())
 
@@ -202,8 +202,8 @@ def slot_leaves(tree: Any) -> list[Any]:
 def _bytes_used(layer: TokenLayer) -> int:
     """What the stored tokens of a layer fill, as `memory_report` counts it."""
     used = 0
-    # The slots, and, if the codec has a residual, that.
-    stored = (layer.replace(recent=None), layer.recent)
+    # The slots, and, if the codec has a tail, that.
+    stored = (layer.replace(tail=None), layer.tail)
     for read, leaves in zip(_slots_read(layer), map(slot_leaves, stored), strict=False):
         read = np.asarray(read)
         repeats = layer.batch_size * layer.num_kv_heads // math.prod(read.shape[:2])

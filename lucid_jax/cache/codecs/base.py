@@ -96,14 +96,14 @@ class Codec(abc.ABC):
 
     Attributes:
         unit: tokens that are quantized together; 1 if each is on its own.
-        residual: latest tokens kept in full precision until their unit is quantized; 0 for none.
+        tail: latest tokens kept in full precision until their unit is quantized; 0 for none.
         usage: how the command line writes it, as `LayerSpec.usage`; not at all by default. A codec with
             a field `rotate` may be followed by "-rotated".
     """
 
     usage: ClassVar[tuple[str, ...]] = ()
     unit: int = 1
-    residual: int = 0
+    tail: int = 0
 
     @abc.abstractmethod
     def forms(self, dtype: str, head_dim: int, value_head_dim: int) -> tuple[Form, Form]:

@@ -95,6 +95,10 @@ class KIVI(Codec):
     def unit(self) -> int:  # type: ignore[override]
         return self.group
 
+    @property
+    def tail(self) -> int:  # type: ignore[override]
+        return self.residual
+
     def forms(self, dtype: str, head_dim: int, value_head_dim: int) -> tuple[Form, Form]:
         key = ChannelNibbles(dtype, head_dim, self.group)
         value = Nibbles(dtype, value_head_dim, channels(self.channels, value_head_dim))

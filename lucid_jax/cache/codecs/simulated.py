@@ -7,8 +7,8 @@ from functools import partial
 
 import jax
 
+from lucid_jax.cache.codecs.argument_checks import check_codec
 from lucid_jax.cache.codecs.base import Codec, Form
-from lucid_jax.cache.codecs.checks import check_codec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +70,8 @@ class Simulated(Codec):
         return self.inner.unit
 
     @property
-    def residual(self) -> int:  # type: ignore[override]
-        return self.inner.residual
+    def tail(self) -> int:  # type: ignore[override]
+        return self.inner.tail
 
     def forms(self, dtype: str, head_dim: int, value_head_dim: int) -> tuple[Form, Form]:
         key, value = self.inner.forms(dtype, head_dim, value_head_dim)

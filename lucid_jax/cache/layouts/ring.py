@@ -75,11 +75,11 @@ class Sliding(LayerSpec):
             value = check_count(getattr(self, name), f"{name} of Sliding", least)
             object.__setattr__(self, name, value)
         codec = check_codec(self.codec)
-        if codec.unit > 1 and self.window < codec.residual + codec.unit:
+        if codec.unit > 1 and self.window < codec.tail + codec.unit:
             raise ValueError(
                 f"a window of {self.window} is too small for {codec}: a group of {codec.unit} "
-                f"tokens is quantized when {codec.residual} more have come, and must then all be "
-                f"inside; use a window of at least {codec.residual + codec.unit}, or smaller groups"
+                f"tokens is quantized when {codec.tail} more have come, and must then all be "
+                f"inside; use a window of at least {codec.tail + codec.unit}, or smaller groups"
             )
 
     def layout(self) -> Ring:
