@@ -7,11 +7,14 @@ through untouched, since what a tracer holds is not known yet.
 from __future__ import annotations
 
 import operator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+if TYPE_CHECKING:
+    from lucid_jax.cache.tokens import TokenLayer
 
 
 def is_traced(*trees: Any) -> bool:
@@ -149,3 +152,32 @@ def check_alive(tree: Any) -> None:
                 "that shares its buffers was, as what rollback, reset, free and crop return does); go "
                 "on with the state that call returned, or make that call with donate=False to keep both"
             )
+
+
+def check_layer_axes(layer: TokenLayer) -> None:
+    """Raises if a layer's leaves have more axes than they are made with."""
+    leaf = jax.tree.leaves(layer.leaves[layer.packing.mixed])[0]
+    expected = layer.packing.leaf_ndim + layer.buffer.lead
+    if leaf.ndim != expected:
+        raise ValueError(
+            f"a layer's tokens must have {expected} axes, got {leaf.ndim}, shape {leaf.shape}: "
+            "states stacked by hand, as by jax.tree.map(jnp.stack), are for vmap or scan to take "
+            "apart; for layers stacked in one state use init_cache(..., stacked=True) or "
+            "lucid_jax.stack(state)"
+        )
+
+
+def check_layer_dtypes(layer: TokenLayer) -> None:
+    """Raises if a layer's leaves are not what the codec makes of tokens of its dtype."""
+    leaves = jax.tree.leaves((layer.position, layer.stored, layer.tail))
+    found = tuple(leaf.dtype for leaf in leaves)
+    if found != layer.packing.leaf_dtypes:
+        expected, came = (
+            ", ".join(dict.fromkeys(map(str, dtypes)))
+            for dtypes in (layer.packing.leaf_dtypes, found)
+        )
+        raise TypeError(
+            f"a layer of {layer.dtype} tokens must have leaves of {expected}, got {came}: they were "
+            "converted, as by jax.tree.map; lucid_jax.astype(state, dtype) converts the tokens and "
+            "leaves counters and codes alone"
+        )

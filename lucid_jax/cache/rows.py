@@ -21,6 +21,7 @@ from lucid_jax.cache.argument_checks import (
     check_alive,
     check_count,
     check_indices,
+    check_layer_axes,
     is_traced,
 )
 from lucid_jax.cache.codecs import PLAIN, keeps_bits
@@ -351,7 +352,7 @@ def _compact(layer: TokenLayer, chosen: jax.Array) -> TokenLayer:
 
 def _need_ragged(state: CacheState, verb: str) -> None:
     for layer in state.layers:
-        layer.check_axes()
+        check_layer_axes(layer)
     if not state.ragged:
         raise ValueError(
             f"{verb} needs a ragged cache, where each row has its own length; "
@@ -362,7 +363,7 @@ def _need_ragged(state: CacheState, verb: str) -> None:
 def _check_alike(state: CacheState, other: CacheState) -> None:
     """Raises unless rows of one can live in the other."""
     for layer in (*state.layers, *other.layers):
-        layer.check_axes()
+        check_layer_axes(layer)
 
     def kind(layer: TokenLayer) -> tuple[object, ...]:
         # Rows of dense layers move down to the first slots of any number.

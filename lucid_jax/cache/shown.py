@@ -8,9 +8,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
+import numpy as np
+
+from lucid_jax.cache.argument_checks import is_traced
 
 if TYPE_CHECKING:
     from lucid_jax.cache.state import CacheState
+    from lucid_jax.cache.tokens import TokenLayer
 
 
 def size_of(count: float) -> str:
@@ -46,6 +50,35 @@ def short_name(config: Any, leave_out: str = "") -> str:
         if field.name != leave_out and value != field.default:
             shown.append(f"{field.name}={short_name(value)}")
     return type(config).__name__ + (f"({', '.join(shown)})" if shown else "")
+
+
+def layer_text(layer: TokenLayer) -> str:
+    """Sizes rather than megabytes of numbers, whatever the leaves: `tree.map` may give any."""
+    kinds = sorted({type(leaf).__name__ for leaf in jax.tree.leaves(layer)})
+    sizes = f"leaves of {', '.join(kinds) or 'nothing'}"
+    if layer.has_shapes:
+        layers = f"L={len(layer.position)}, " if layer.stacked else ""
+        sizes = f"{layers}B={layer.batch_size}, H={layer.num_kv_heads}, C={layer.capacity}"
+    dims = f"D={layer.packing.head_dim}, {layer.packing.dtype}"
+    name = type(layer.layout).__name__
+    return f"{name}({layer.spec}, {sizes}, {dims}, length={length_text(layer)})"
+
+
+def length_text(layer: TokenLayer) -> str:
+    """The length, or the range of the rows' lengths, or why it cannot be known."""
+    if is_traced(layer):
+        return "traced"
+    leaves = [leaf for leaf in jax.tree.leaves(layer) if isinstance(leaf, jax.Array)]
+    if any(leaf.is_deleted() for leaf in leaves):
+        return "donated"
+    counters = (layer.start, layer.position)
+    if not all(isinstance(x, (jax.Array, np.ndarray)) for x in counters):
+        return "shapes only" if layer.has_shapes else "unknown"
+    if not all(x.is_fully_replicated or x.is_fully_addressable for x in leaves if x.ndim < 2):
+        return "on other hosts"
+    lengths = layer.length_on_host()
+    low, high = lengths.min(), lengths.max()
+    return str(low) if low == high else f"{low} to {high}"
 
 
 def bytes_of(tree: Any) -> int:
@@ -110,7 +143,7 @@ def state_html(state: CacheState) -> str:
                 str(index),
                 short_name(layer.spec, leave_out="codec"),
                 short_name(layer.packing.codec),
-                layer.length_text(),
+                length_text(layer),
                 str(layer.capacity),
                 f"{layer.num_kv_heads} x {dim}" + ("" if dim == value_dim else f" / {value_dim}"),
                 size_of(bytes_of(layer) // alike),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 
 from lucid_jax.cache import stacked as stacks
-from lucid_jax.cache.argument_checks import check_alive, is_traced
+from lucid_jax.cache.argument_checks import check_alive, check_layer_axes, is_traced
 from lucid_jax.cache.state import CacheState
 from lucid_jax.cache.tokens import TokenLayer
 
@@ -88,7 +88,7 @@ def _check(state: CacheState, verb: str) -> None:
         raise TypeError(f"{verb} takes a CacheState, got {type(state).__name__}")
     check_alive(state)
     for layer in state.layers:
-        layer.check_axes()
+        check_layer_axes(layer)
 
 
 def together(state: CacheState) -> CacheState:

@@ -12,6 +12,8 @@ from flax import struct
 from lucid_jax.cache.argument_checks import (
     as_layer_index,
     check_alive,
+    check_layer_axes,
+    check_layer_dtypes,
     is_traced,
 )
 from lucid_jax.cache.axes import STORED
@@ -127,8 +129,8 @@ class CacheState:
         stack, number = self._find(layer_idx, owned)
         layer = self.layers[stack]
         check_alive(layer)
-        layer.check_axes()
-        layer.check_dtypes()
+        check_layer_axes(layer)
+        check_layer_dtypes(layer)
         return layer if number is None else view(layer, number)
 
     def _find(self, layer_idx: LayerIndex, owned: bool) -> tuple[int, Any]:

@@ -7,7 +7,6 @@ array a row's slots lie the buffer's.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 import jax
@@ -15,14 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax.experimental import checkify
-from jax.typing import DTypeLike
 
 from lucid_jax.cache import derive
-from lucid_jax.cache.allocation import INT32_MAX, check_dims
-from lucid_jax.cache.argument_checks import is_traced
+from lucid_jax.cache.allocation import INT32_MAX
 from lucid_jax.cache.buffers import Rows
-from lucid_jax.cache.codecs import Form, check_dtype
 from lucid_jax.cache.packing import Packed, Packing
+from lucid_jax.cache.shown import layer_text
 from lucid_jax.cache.slots import last_wins, span
 
 if TYPE_CHECKING:
@@ -62,31 +59,7 @@ class TokenLayer:
             """A copy with some fields changed; flax adds it."""
 
     def __repr__(self) -> str:
-        """Sizes rather than megabytes of numbers, whatever the leaves: `tree.map` may give any."""
-        kinds = sorted({type(leaf).__name__ for leaf in jax.tree.leaves(self)})
-        sizes = f"leaves of {', '.join(kinds) or 'nothing'}"
-        if self.has_shapes:
-            layers = f"L={len(self.position)}, " if self.stacked else ""
-            sizes = f"{layers}B={self.batch_size}, H={self.num_kv_heads}, C={self.capacity}"
-        dims = f"D={self.packing.head_dim}, {self.packing.dtype}"
-        name = type(self.layout).__name__
-        return f"{name}({self.spec}, {sizes}, {dims}, length={self.length_text()})"
-
-    def length_text(self) -> str:
-        """The length, or the range of the rows' lengths, or why it cannot be known."""
-        if is_traced(self):
-            return "traced"
-        leaves = [leaf for leaf in jax.tree.leaves(self) if isinstance(leaf, jax.Array)]
-        if any(leaf.is_deleted() for leaf in leaves):
-            return "donated"
-        counters = (self.start, self.position)
-        if not all(isinstance(x, (jax.Array, np.ndarray)) for x in counters):
-            return "shapes only" if self.has_shapes else "unknown"
-        if not all(x.is_fully_replicated or x.is_fully_addressable for x in leaves if x.ndim < 2):
-            return "on other hosts"
-        lengths = self.length_on_host()
-        low, high = lengths.min(), lengths.max()
-        return str(low) if low == high else f"{low} to {high}"
+        return layer_text(self)
 
     # --- facts ---------------------------------------------------------------------------------
 
@@ -199,33 +172,6 @@ class TokenLayer:
     def positions_left(self) -> np.ndarray:
         """How many more positions int32 can count, of a concrete layer: int32 [] or [B]."""
         return INT32_MAX - np.asarray(self.position)
-
-    def check_axes(self) -> None:
-        """Raises if the leaves have more axes than they are made with."""
-        leaf = jax.tree.leaves(self.leaves[self.packing.mixed])[0]
-        expected = self.packing.leaf_ndim + self.buffer.lead
-        if leaf.ndim != expected:
-            raise ValueError(
-                f"a layer's tokens must have {expected} axes, got {leaf.ndim}, shape {leaf.shape}: "
-                "states stacked by hand, as by jax.tree.map(jnp.stack), are for vmap or scan to take "
-                "apart; for layers stacked in one state use init_cache(..., stacked=True) or "
-                "lucid_jax.stack(state)"
-            )
-
-    def check_dtypes(self) -> None:
-        """Raises if the leaves are not what the codec makes of tokens of this dtype."""
-        leaves = jax.tree.leaves((self.position, self.stored, self.tail))
-        found = tuple(leaf.dtype for leaf in leaves)
-        if found != self.packing.leaf_dtypes:
-            expected, came = (
-                ", ".join(dict.fromkeys(map(str, dtypes)))
-                for dtypes in (self.packing.leaf_dtypes, found)
-            )
-            raise TypeError(
-                f"a layer of {self.dtype} tokens must have leaves of {expected}, got {came}: they were "
-                "converted, as by jax.tree.map; lucid_jax.astype(state, dtype) converts the tokens and "
-                "leaves counters and codes alone"
-            )
 
     # --- where tokens are ----------------------------------------------------------------------
 
@@ -453,56 +399,3 @@ class TokenLayer:
     def reset(self) -> Self:
         """Empties the layer; buffers are kept and what they hold is never seen again."""
         return self.replace(**{n: jnp.zeros_like(x) for n, x in self.counters().items()})
-
-
-def empty(
-    spec: LayerSpec,
-    *,
-    batch_size: int,
-    num_kv_heads: int,
-    dims: tuple[tuple[str, int], ...],
-    dtype: DTypeLike,
-    ragged: bool,
-) -> TokenLayer:
-    """An empty layer: `LayerSpec.init`."""
-    layout = spec.layout()
-    check_dims(spec, layout.slots, dict(dims), batch_size=batch_size, num_kv_heads=num_kv_heads)
-    check_dtype(dtype, spec.codec)
-    if spec.track and spec.codec.unit > 1:
-        raise ValueError(
-            f"track=True, and so compact, needs a codec that stores each token by itself; "
-            f"{spec.codec} quantizes groups of tokens. Use Int4() or Int8()"
-        )
-    packing = Packing(spec.codec, jnp.dtype(dtype).name, dims)
-    layer: TokenLayer = _empty(spec, layout, packing, batch_size, num_kv_heads, ragged)
-    return layer
-
-
-@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
-def _empty(
-    spec: LayerSpec, layout: Layout, packing: Packing, batch_size: int, heads: int, ragged: bool
-) -> TokenLayer:
-    counter = (batch_size,) if ragged else ()
-
-    def zeros(forms: dict[str, Form], slots: int) -> dict[str, Any]:
-        # Each leaf gets its own zeros: a buffer shared by two leaves could not be donated.
-        return {name: form.empty(batch_size, heads, slots) for name, form in forms.items()}
-
-    leaves, last, codec = zeros(packing.forms, layout.slots), None, packing.codec
-    if codec.tail:
-        last = zeros(packing.raw_forms, 2 * codec.tail + codec.unit)
-    if spec.track:
-        leaves[POSITIONS] = jnp.full((batch_size, heads, layout.slots), -1, jnp.int32)
-    return TokenLayer(
-        leaves=leaves,
-        tail=last,
-        start=jnp.zeros(counter, jnp.int32),
-        position=jnp.zeros(counter, jnp.int32),
-        reach=jnp.zeros(counter, jnp.int32),
-        overflowed=jnp.zeros(counter, bool),
-        floor=jnp.zeros(counter, jnp.int32) if spec.track else None,
-        buffer=Rows(),
-        spec=spec,
-        layout=layout,
-        packing=packing,
-    )

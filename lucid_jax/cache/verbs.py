@@ -23,6 +23,8 @@ from lucid_jax.cache.argument_checks import (
     check_alive,
     check_count,
     check_indices,
+    check_layer_axes,
+    check_layer_dtypes,
     is_traced,
 )
 from lucid_jax.cache.convert import astype as layer_astype
@@ -101,7 +103,7 @@ def astype(state: CacheState, dtype: DTypeLike) -> CacheState:
         raise TypeError(f"astype takes a CacheState, got {type(state).__name__}")
     check_alive(state)
     for layer in state.layers:
-        layer.check_dtypes()
+        check_layer_dtypes(layer)
     dtype = jax.dtypes.canonicalize_dtype(dtype)
     return _astype(state, dtype=dtype)
 
@@ -119,7 +121,7 @@ def _per_layer(name: str) -> Verb[CacheState]:
         args = tuple(jnp.asarray(arg) for arg in args)
 
         def change(layer: TokenLayer) -> TokenLayer:
-            layer.check_axes()
+            check_layer_axes(layer)
             changed: TokenLayer = getattr(layer, name)(*args)
             return changed
 

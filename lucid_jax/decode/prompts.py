@@ -53,7 +53,7 @@ def pad_prompts(prompts: Any, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
                 f"prompt {index}; was it encoded with another tokenizer?"
             )
     lengths = np.array([len(row) for row in rows], np.int32)
-    tokens = np.zeros((len(rows), int(lengths.max())), np.int32)
+    tokens = np.zeros((len(rows), max(map(len, rows))), np.int32)
     for padded, row in zip(tokens, rows, strict=True):
         padded[: len(row)] = row
     return tokens, lengths

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from lucid_jax.cache.codecs import PLAIN, Codec, default_codec
 from lucid_jax.cache.creation import init_cache
@@ -47,8 +47,8 @@ class T5(nnx.Module):
         self,
         config: T5Config,
         *,
-        dtype: jnp.dtype | None = None,
-        param_dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         """Builds a model with random weights.

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from lucid_jax.cache.argument_checks import check_count
 from lucid_jax.cache.codecs import PLAIN, Codec
@@ -217,8 +218,8 @@ class Transformer(nnx.Module):
         self,
         config: ModelConfig,
         *,
-        dtype: jnp.dtype | None = None,
-        param_dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
         rope_by_place: bool = False,
         scan_layers: bool = False,
         rngs: nnx.Rngs,

@@ -11,7 +11,7 @@ from typing import Any, TypedDict, Unpack, overload
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from lucid_jax.attention.dense import dot_product
 from lucid_jax.attention.rope import Rope, rope
@@ -80,8 +80,8 @@ class MultiHeadAttention(nnx.Module):
         scale: float | None = None,
         softcap: float | None = None,
         window: int | None = None,
-        dtype: jnp.dtype | None = None,
-        param_dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
         kernel_init: nnx.Initializer | None = None,
         out_init: nnx.Initializer | None = None,
         rngs: nnx.Rngs,

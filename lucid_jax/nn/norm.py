@@ -7,6 +7,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 NormKind = Literal["rms", "rms+1", "layer"]
 
@@ -28,7 +29,7 @@ class Norm(nnx.Module):
         *,
         kind: NormKind = "rms",
         epsilon: float = 0.0,
-        param_dtype: jnp.dtype = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
     ):
         """Builds the parameters, which leave the normalized input as it is.
 

@@ -14,7 +14,8 @@ import jax
 from jax.typing import DTypeLike
 
 from lucid_jax.cache.codecs import Codec
-from lucid_jax.cache.tokens import TokenLayer, empty
+from lucid_jax.cache.empty_layer import empty_layer
+from lucid_jax.cache.tokens import TokenLayer
 
 Runs = tuple[tuple[jax.Array, jax.Array], ...]  # consecutive positions [first, stop), oldest first
 
@@ -131,7 +132,7 @@ class LayerSpec(abc.ABC):
         ragged: bool,
     ) -> TokenLayer:
         """An empty layer of this kind, of leaves whose names and widths are `dims`."""
-        return empty(
+        return empty_layer(
             self, batch_size=batch_size, num_kv_heads=num_kv_heads, dims=dims, dtype=dtype,
             ragged=ragged,
         )  # fmt: skip
