@@ -37,7 +37,7 @@ def empty_cache(
         >>> for spec in (one, other):  # on CPU
         ...     empty_cache(model, spec, 1).layers[0].spec.codec
         Bits()
-        Int4(group=64, rotate=False)
+        Int4(group=64, rotate=True)
     """
     # A model of somebody's own may know aligned caches alone.
     rows = {"ragged": True} if ragged else {}

@@ -125,10 +125,9 @@ def default_caches(need: int) -> dict[str, LayerSpec]:
 
     Example:
         >>> list(default_caches(64))
-        ['static', 'static/int8', 'static/fp8', 'static/int4', 'static/kivi', 'static/int4-rotated', \
-'sliding:32']
+        ['static', 'static/int8', 'static/fp8', 'static/int4', 'static/kivi', 'sliding:32']
     """
-    codecs = ("int8", "fp8", "int4", "kivi", "int4-rotated")
+    codecs = ("int8", "fp8", "int4", "kivi")
     names = ["static", *(f"static/{codec}" for codec in codecs), f"sliding:{max(1, need // 2)}"]
     return parse_caches(",".join(names), need)
 

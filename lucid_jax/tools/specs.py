@@ -15,7 +15,7 @@ from lucid_jax.io.checked_file import short
 _USAGES = [usage for spec in known_layouts.values() for usage in spec.usage]
 LAYOUTS = f"{', '.join(_USAGES[:-1])} or {_USAGES[-1]}"
 _CODEC_USAGES = [usage for codec in known_codecs.values() for usage in codec.usage]
-CODECS = f"{', '.join(_CODEC_USAGES)}; -rotated turns keys first"
+CODECS = f"{', '.join(_CODEC_USAGES)}; -rotated turns keys first, as int4 does anyway"
 
 
 def parse_spec(layout: str, codec: str = "none", *, capacity: int) -> LayerSpec:
@@ -31,7 +31,7 @@ def parse_spec(layout: str, codec: str = "none", *, capacity: int) -> LayerSpec:
 
     Example:
         >>> parse_spec("sliding:256+4", "int4", capacity=0)
-        Sliding(window=256, sinks=4, slack=0, codec=Int4(group=64, rotate=False))
+        Sliding(window=256, sinks=4, slack=0, codec=Int4(group=64, rotate=True))
     """
     bound = parse_codec(codec)
     for spec in known_layouts.values():
