@@ -5,7 +5,9 @@ The functional API is here (`init_cache`, `update`, `attend`, ...), stateful cac
 """
 
 from lucid_jax import nn
-from lucid_jax.attention.api import attend, extend, extend_leaves, merge
+from lucid_jax.attention.attend import attend
+from lucid_jax.attention.extend import extend, extend_leaves
+from lucid_jax.attention.merge import merge
 from lucid_jax.cache import codecs, scoring
 from lucid_jax.cache.creation import init_cache
 from lucid_jax.cache.encoder_decoder import EncoderDecoderState

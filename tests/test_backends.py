@@ -160,9 +160,10 @@ def test_names_and_platforms_that_are_not_there_are_refused(plain):
 
 def test_public_signatures_say_what_they_take():
     """No `Any`, and what `return_lse` does to the result is told apart."""
-    for function in (lj.attend, lj.extend, lj.merge, lj.attention.register):
+    verbs = (lj.attend, lj.extend, lj.extend_leaves)
+    for function in (*verbs, lj.merge, lj.attention.register):
         assert "Any" not in str(inspect.signature(function)), function
-    for function in (lj.attend, lj.extend):
+    for function in verbs:
         assert len(typing.get_overloads(function)) == 3
 
 

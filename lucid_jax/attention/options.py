@@ -22,6 +22,8 @@ from lucid_jax.cache.argument_checks import as_array, check_count, is_traced
 from lucid_jax.cache.axes import check_shape, swapped
 from lucid_jax.cache.tokens import TokenLayer
 
+Pair = tuple[jax.Array, jax.Array]  # out and log-sum-exp
+
 
 class ScoreKeywords(TypedDict, total=False):
     """What both verbs take of what is done to scores; `attend` says what each means."""
@@ -159,6 +161,20 @@ def as_queries(layer: TokenLayer, query: Any, scale: Any, axes: str) -> RowsByLe
             f"queries must have the same dtype, batch, heads and tokens, got {sorted(kinds)}"
         )
     return {name: swapped(x, axes) for name, x in queries.items()}
+
+
+def as_result(result: Pair, axes: str, return_lse: bool) -> jax.Array | Pair:
+    """What the caller gets, in the state's order of axes."""
+    out, lse = result
+    out = swapped(out, axes)
+    return (out, swapped(lse, axes)) if return_lse else out
+
+
+def as_given(
+    given: ArrayLike | Mapping[str, ArrayLike], queries: dict[str, jax.Array]
+) -> jax.Array | dict[str, jax.Array]:
+    """Queries as backends take them: of keys alone an array, as they were given."""
+    return queries if isinstance(given, Mapping) else queries["key"]
 
 
 def _as_sink_logits(x: ArrayLike | None, heads: int) -> jax.Array | None:

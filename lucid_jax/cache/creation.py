@@ -107,35 +107,13 @@ def init_cache(
     batch_size = check_count(batch_size, "batch_size", 1)
     heads = _each_layer(num_kv_heads, "num_kv_heads", len(specs))
     dims = _dims(head_dim, value_head_dim, len(specs))
-    usual = {"key": "head_dim", "value": "value_head_dim"}
-    each = [
-        [("num_kv_heads", n), *((usual.get(name, "head_dim"), dim) for name, dim in widths)]
-        for n, widths in zip(heads, dims, strict=True)
-    ]
     dtype = jax.dtypes.canonicalize_dtype(dtype)
-    stores: list[tuple[LayerSpec, Shape]] = []
-    owners: list[int] = []
-    reads: list[int] = []
-    for index, one in enumerate(specs):
-        if isinstance(one, Shared):
-            target = check_count(one.layer_idx, "layer_idx of Shared")
-            if target not in owners:
-                raise ValueError(
-                    f"layer {index} is Shared({target}), but layer {target} is not an earlier layer "
-                    f"that stores tokens; those are {owners}"
-                )
-            for (name, own), (_, other) in zip(each[index], each[target], strict=False):
-                if own != other:
-                    raise ValueError(
-                        f"layer {index} is Shared({target}), so its {name} must be that of layer "
-                        f"{target}, {other}, got {own}"
-                    )
-            reads.append(owners.index(target))
-            continue
-        reads.append(len(stores))
-        owners.append(index)
-        shape = (("num_kv_heads", heads[index]), ("dims", dims[index]))
-        stores.append((_as_spec(one), shape))
+    stores: list[tuple[LayerSpec, Shape]] = [
+        (_as_spec(one), (("num_kv_heads", heads[index]), ("dims", dims[index])))
+        for index, one in enumerate(specs)
+        if not isinstance(one, Shared)
+    ]
+    reads, owners = _readers(specs, heads, dims)
     common = {"batch_size": batch_size, "dtype": dtype, "ragged": ragged}
     alike: dict[Any, list[int]] = {}
     for number, store in enumerate(stores):
@@ -150,6 +128,40 @@ def init_cache(
     return CacheState(
         layers, reads=tuple(reads), owners=tuple(owners), axes=check_axes(axes), stacks=stacks
     )
+
+
+def _readers(
+    specs: Sequence[LayerSpec | Shared],
+    heads: Sequence[int],
+    dims: Sequence[tuple[tuple[str, int], ...]],
+) -> tuple[list[int], list[int]]:
+    """Which stored layer each layer reads, and which layer each stored one is."""
+    usual = {"key": "head_dim", "value": "value_head_dim"}
+    each = [
+        [("num_kv_heads", n), *((usual.get(name, "head_dim"), dim) for name, dim in widths)]
+        for n, widths in zip(heads, dims, strict=True)
+    ]
+    owners: list[int] = []
+    reads: list[int] = []
+    for index, one in enumerate(specs):
+        if not isinstance(one, Shared):
+            reads.append(len(owners))
+            owners.append(index)
+            continue
+        target = check_count(one.layer_idx, "layer_idx of Shared")
+        if target not in owners:
+            raise ValueError(
+                f"layer {index} is Shared({target}), but layer {target} is not an earlier layer "
+                f"that stores tokens; those are {owners}"
+            )
+        for (name, own), (_, other) in zip(each[index], each[target], strict=False):
+            if own != other:
+                raise ValueError(
+                    f"layer {index} is Shared({target}), so its {name} must be that of layer "
+                    f"{target}, {other}, got {own}"
+                )
+        reads.append(owners.index(target))
+    return reads, owners
 
 
 def _as_spec(spec: LayerSpec) -> LayerSpec:

@@ -6,10 +6,9 @@ Face's Llama (and Gemma), so that a checkpoint's tensor names are module paths.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -23,185 +22,12 @@ from lucid_jax.cache.creation import init_cache
 from lucid_jax.cache.layouts.base import LayerSpec
 from lucid_jax.cache.layouts.contiguous import Static
 from lucid_jax.cache.layouts.ring import Sliding
-from lucid_jax.cache.stacked import LayerLike
 from lucid_jax.cache.state import CacheState
-from lucid_jax.models.config import ACTIVATIONS, ModelConfig
+from lucid_jax.models.blocks import INIT_STD, Block, model_norm
+from lucid_jax.models.config import ModelConfig
+from lucid_jax.models.turns import Turns, pattern
 from lucid_jax.nn.attention_call import next_positions
 from lucid_jax.nn.base import Cache
-from lucid_jax.nn.mha import MultiHeadAttention
-from lucid_jax.nn.norm import Norm
-
-_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "silu": nnx.silu,
-    "gelu": functools.partial(nnx.gelu, approximate=False),
-    "gelu_tanh": functools.partial(nnx.gelu, approximate=True),
-}
-
-
-class MLP(nnx.Module):
-    """down(act(gate(x)) * up(x)) (Shazeer, 2020), or without a gate down(act(up(x)))."""
-
-    def __init__(self, config: ModelConfig, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
-        """Builds the projections."""
-
-        def linear(inputs: int, outputs: int, std: float) -> nnx.Linear:
-            return nnx.Linear(
-                inputs,
-                outputs,
-                use_bias=config.mlp_bias or config.family.biases,
-                dtype=dtype,
-                param_dtype=param_dtype,
-                kernel_init=nnx.initializers.normal(std),
-                rngs=rngs,
-            )
-
-        hidden, wide = config.hidden_size, config.intermediate_size
-        self.gate_proj = linear(hidden, wide, _INIT_STD) if config.family.gated else None
-        self.up_proj = linear(hidden, wide, _INIT_STD)
-        self.down_proj = linear(wide, hidden, _residual_std(config))
-        self.activation = ACTIVATIONS[config.hidden_act]
-
-    def __call__(self, hidden: jax.Array) -> jax.Array:
-        """(B, T, hidden_size) to the same shape."""
-        activation = _ACTIVATIONS[self.activation]
-        if self.gate_proj is None:
-            return self.down_proj(activation(self.up_proj(hidden)))
-        return self.down_proj(activation(self.gate_proj(hidden)) * self.up_proj(hidden))
-
-
-class Block(nnx.Module):
-    """Attention and MLP, each normalized before (Gemma: and after) and added to the residual stream."""
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        layer_idx: int,
-        *,
-        dtype: Any,
-        param_dtype: Any,
-        rngs: nnx.Rngs,
-        rope_by_place: bool = False,
-    ):
-        """Builds the block's norms, attention and MLP."""
-        family = config.family
-        dtypes: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
-        norm = functools.partial(_norm, config, param_dtype)
-        scalar = config.query_pre_attn_scalar
-        self.input_layernorm = norm()
-        self.self_attn = MultiHeadAttention(
-            config.hidden_size,
-            config.num_attention_heads,
-            config.kv_heads,
-            config.dim_per_head,
-            use_bias=config.attention_bias or family.biases or family.qkv_bias,
-            out_bias=config.attention_bias or family.biases,
-            qk_norm=norm if family.qk_norm else None,
-            rope_theta=config.rope(layer_idx),
-            rope_by_place=rope_by_place,
-            scale=None if scalar is None else scalar**-0.5,
-            softcap=config.attn_logit_softcapping,
-            window=config.windows[layer_idx],
-            kernel_init=nnx.initializers.normal(_INIT_STD),
-            out_init=nnx.initializers.normal(_residual_std(config)),
-            rngs=rngs,
-            **dtypes,
-        )
-        # Llama calls the norm before the MLP what Gemma calls the one after attention.
-        self.post_attention_layernorm = norm()
-        self.pre_feedforward_layernorm = norm() if family.sandwich else None
-        self.post_feedforward_layernorm = norm() if family.sandwich else None
-        self.mlp = MLP(config, rngs=rngs, **dtypes)
-
-    def __call__(
-        self, hidden: jax.Array, cache: Any, layer_idx: Any, **options: Any
-    ) -> tuple[jax.Array, Any]:
-        """(B, T, hidden_size) to the same shape, and the cache; options as `MultiHeadAttention`'s."""
-        attended = self.self_attn(
-            self.input_layernorm(hidden), cache=cache, layer_idx=layer_idx, **options
-        )
-        if isinstance(cache, CacheState):
-            attended, cache = attended
-        if self.pre_feedforward_layernorm is None or self.post_feedforward_layernorm is None:
-            hidden = hidden + attended
-            return hidden + self.mlp(self.post_attention_layernorm(hidden)), cache
-        hidden = hidden + self.post_attention_layernorm(attended)
-        changed = self.mlp(self.pre_feedforward_layernorm(hidden))
-        return hidden + self.post_feedforward_layernorm(changed), cache
-
-
-@dataclasses.dataclass(frozen=True)
-class Turns:
-    """How a model scans over layers of a repeating pattern, such as five sliding ones and a global one.
-
-    The first `period` blocks of the model hold the weights of all whole turns, stacked: place i those
-    of layers i, period + i, and so on. What is left over follows them, layer by layer.
-
-    Attributes:
-      period: layers of a turn.
-      count: whole turns.
-    """
-
-    period: int
-    count: int
-
-    def stacked(self, blocks: Sequence[Block]) -> list[Block]:
-        """The blocks of a model as it keeps them, from those of its layers."""
-        whole = self.period * self.count
-        return [
-            *(_stacked(blocks[i : whole : self.period]) for i in range(self.period)),
-            *blocks[whole:],
-        ]
-
-    def layer_of(self, index: int, turn: int) -> int:
-        """The layer that block `index` is in a turn."""
-        if index < self.period:
-            return turn * self.period + index
-        return self.period * self.count + index - self.period
-
-    def turns_of(self, index: int) -> range | None:
-        """The turns that block `index` has weights of; None if it is not stacked."""
-        return range(self.count) if index < self.period else None
-
-    def run(
-        self, blocks: Sequence[Block], hidden: jax.Array, cache: Any, options: dict[str, Any]
-    ) -> tuple[jax.Array, Any]:
-        """All layers: whole turns by `scan`, or, of a cache that is not stacked, one by one."""
-        split = [nnx.split(block) for block in blocks[: self.period]]
-        graphs, weights = [graph for graph, _ in split], [params for _, params in split]
-
-        def turn(carry: tuple[jax.Array, Any], x: Any) -> tuple[tuple[jax.Array, Any], None]:
-            (hidden, cache), (number, weights) = carry, x
-            for index, (graph, params) in enumerate(zip(graphs, weights, strict=True)):
-                layer_idx = number * self.period + index
-                known = layer_idx if isinstance(number, int) else LayerLike(index, layer_idx)
-                hidden, cache = nnx.merge(graph, params)(hidden, cache, known, **options)
-            return (hidden, cache), None
-
-        if cache is None or (isinstance(cache, CacheState) and cache.stacked):
-            numbers = jnp.arange(self.count, dtype=jnp.int32)
-            (hidden, cache), _ = jax.lax.scan(turn, (hidden, cache), (numbers, weights))
-        else:
-            for number in range(self.count):
-                params = jax.tree.map(lambda x, number=number: x[number], weights)
-                (hidden, cache), _ = turn((hidden, cache), (number, params))
-        for index, block in enumerate(blocks[self.period :], self.period):
-            hidden, cache = block(hidden, cache, self.layer_of(index, 0), **options)
-        return hidden, cache
-
-
-def _stacked(blocks: Sequence[Block]) -> Block:
-    """Blocks that are alike as one, whose parameters have an axis more, the first."""
-    split = [nnx.split(block) for block in blocks]
-    params = jax.tree.map(lambda *x: jnp.stack(x), *(params for _, params in split))
-    return nnx.merge(split[0][0], params)
-
-
-def _pattern(config: ModelConfig) -> tuple[int, int]:
-    """After how many layers those of a model repeat, and how often they do."""
-    layers = config.num_hidden_layers
-    kinds = [(config.windows[index], config.rope(index)) for index in range(layers)]
-    period = next(n for n in range(1, layers + 1) if kinds[n:] == kinds[:-n])
-    return period, layers // period
 
 
 class Transformer(nnx.Module):
@@ -244,7 +70,7 @@ class Transformer(nnx.Module):
         embed = functools.partial(
             nnx.Embed,
             features=config.hidden_size,
-            embedding_init=nnx.initializers.normal(_INIT_STD),
+            embedding_init=nnx.initializers.normal(INIT_STD),
             rngs=rngs,
             **dtypes,
         )
@@ -258,9 +84,9 @@ class Transformer(nnx.Module):
             Block(config, index, rngs=rngs, rope_by_place=rope_by_place, **dtypes)
             for index in range(config.num_hidden_layers)
         ]
-        self.turns = Turns(*_pattern(config)) if scan_layers else None
+        self.turns = Turns(*pattern(config)) if scan_layers else None
         self.layers = nnx.List(blocks if self.turns is None else self.turns.stacked(blocks))
-        self.norm = _norm(config, param_dtype)
+        self.norm = model_norm(config, param_dtype)
         self.lm_head = (
             None
             if config.tie_word_embeddings
@@ -268,7 +94,7 @@ class Transformer(nnx.Module):
                 config.hidden_size,
                 config.vocab_size,
                 use_bias=False,
-                kernel_init=nnx.initializers.normal(_INIT_STD),
+                kernel_init=nnx.initializers.normal(INIT_STD),
                 rngs=rngs,
                 **dtypes,
             )
@@ -427,20 +253,3 @@ class Transformer(nnx.Module):
             logits = jnp.einsum("btc,cv->btv", hidden, kernel, preferred_element_type=jnp.float32)
         cap = self.config.final_logit_softcapping
         return logits if cap is None else cap * jnp.tanh(logits / cap)
-
-
-_INIT_STD = 0.02
-
-
-def _residual_std(config: ModelConfig) -> float:
-    # GPT-2's: keeps the variance of the residual stream independent of depth.
-    return _INIT_STD / math.sqrt(2 * config.num_hidden_layers)
-
-
-def _norm(config: ModelConfig, param_dtype: Any, width: int | None = None) -> Norm:
-    return Norm(
-        config.hidden_size if width is None else width,
-        kind=config.family.norm,
-        epsilon=config.rms_norm_eps,
-        param_dtype=param_dtype,
-    )

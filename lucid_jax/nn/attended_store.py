@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from lucid_jax.attention.api import attend, extend
+from lucid_jax.attention.attend import attend
+from lucid_jax.attention.extend import extend
 from lucid_jax.cache import introspection, verbs
 from lucid_jax.cache.argument_checks import as_array, as_integers, check_alive, is_traced
 from lucid_jax.cache.state import of_layers

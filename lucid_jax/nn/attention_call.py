@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from lucid_jax.attention.api import attend, extend
+from lucid_jax.attention.attend import attend
+from lucid_jax.attention.extend import extend
 from lucid_jax.cache import introspection
 from lucid_jax.cache.state import CacheState
 from lucid_jax.cache.update import update

@@ -33,9 +33,9 @@ from rich.table import Table
 
 import lucid_jax as lj
 from lucid_jax.decode import generate
+from lucid_jax.models.blocks import MLP
 from lucid_jax.models.checkpoint import load_pretrained
 from lucid_jax.models.config import ModelConfig
-from lucid_jax.models.transformer import MLP
 
 LAYERS, HIDDEN, WIDE, HEADS, KV_HEADS, VOCAB = 8, 512, 1408, 8, 2, 8192
 
