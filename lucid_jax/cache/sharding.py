@@ -169,7 +169,7 @@ def divided_like_tokens(layer: TokenLayer, tokens: jax.Array) -> TokenLayer:
     where = of_tokens(tokens)
     if where is None or layer.position.committed:
         return layer
-    batch, heads, _ = (*where.spec, None, None)[:3]
+    batch, heads = (*where.spec, None, None)[:2]
     divided = shardings(layer, where.mesh, batch=batch, heads=heads)
     laid: TokenLayer = jax.device_put(layer, divided)
     return laid
@@ -199,7 +199,9 @@ def in_auto_axes(run: Callable[..., R], *, by_heads: bool = True) -> Callable[..
     def wrapped(*args: Any, **static: Any) -> R:
         mesh = _mesh_of(args)
         if mesh is None:
-            return run(*args, **static)
+            # What `run` makes by itself must not lie on the mesh in force either.
+            with _off_meshes():
+                return run(*args, **static)
         auto = mesh.update_axis_types(dict.fromkeys(_explicit(mesh), AxisType.Auto))
 
         given, structure = jax.tree.flatten(args)
@@ -275,6 +277,13 @@ def _mesh_of(args: Any) -> AbstractMesh | None:
             if _explicit(mesh):
                 return mesh
     return None
+
+
+def _off_meshes() -> AbstractContextManager[object]:
+    """A context in which new arrays lie on no mesh, if they would on one with `Explicit` axes."""
+    if not _explicit(jax.sharding.get_abstract_mesh()):
+        return nullcontext()
+    return jax.sharding.use_abstract_mesh(AbstractMesh((), ()))
 
 
 def _explicit(mesh: Mesh | AbstractMesh) -> list[str]:
