@@ -300,7 +300,8 @@ def test_a_state_that_was_never_placed_takes_divided_tokens(mesh, rows):
 def test_what_was_never_placed_works_where_a_mesh_is_in_force(mesh, tokens):
     """A state made before `jax.set_mesh`, and tokens made before it, or within and so on the mesh."""
     new, old = _new(1, 2), _new(2, 4)[1:]
-    states = [lj.update(make(spec, batch=B), *old, 0) for spec in (lj.Static(16), lj.Sliding(9, slack=3))]
+    specs = lj.Static(16), lj.Sliding(9, slack=3)
+    states = [lj.update(make(spec, batch=B), *old, 0) for spec in specs]
     expected = [_kept(state, *new) for state in states]
     with jax.set_mesh(mesh):
         if tokens == "made within":
