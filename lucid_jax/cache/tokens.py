@@ -398,4 +398,6 @@ class TokenLayer:
 
     def reset(self) -> Self:
         """Empties the layer; buffers are kept and what they hold is never seen again."""
-        return self.replace(**{n: jnp.zeros_like(x) for n, x in self.counters().items()})
+        # Chosen rather than made: zeros by themselves would not lie where divided counters do.
+        counters = self.counters().items()
+        return self.replace(**{n: jnp.where(True, jnp.zeros_like(x), x) for n, x in counters})
