@@ -14,7 +14,7 @@ import lucid_jax as lj
 from lucid_jax.attention import NotMe, backends, prefix
 from lucid_jax.cache.reading import slot_runs
 from tests.helpers import DV, D, H, make, more_layouts, poison, queries, tokens
-from tests.oracle import Oracle, Window
+from tests.oracle import Arithmetic, Oracle, Window
 
 B, N = 2, 2 * H
 BACKENDS = ["walk", "dense"]
@@ -351,8 +351,9 @@ def test_sinks_are_one_more_column_of_the_softmax(name, layout, codec, ragged):
 def test_sinks_agree_with_a_dense_model(name, layout, groups):
     """Against float64 attention over lists of tokens, without GQA and with it."""
     state = make(_spec(layout))
+    rings = {"static": None, "dynamic": None, "sliding": Window(7, 2, 3)}
     model = Oracle(batch=B, heads=H, dim=D, value_dim=DV, capacity=64, growable=True, ragged=False,
-                   sliding=Window(7, 2, 3) if layout == "sliding" else None)  # fmt: skip
+                   sliding=rings[layout] if layout in rings else Arithmetic(_spec(layout)))  # fmt: skip
     for seed, count in enumerate((4, 1, 3)):
         new, query = tokens(seed, B, count), queries(seed, B, count, heads=H * groups)
         state, _ = lj.update(state, *new, 0), model.update(*new)
