@@ -4,7 +4,7 @@ The functional API is here (`init_cache`, `update`, `attend`, ...), stateful cac
 `lucid_jax.nn`, the reference model and checkpoints in `lucid_jax.models`.
 """
 
-from lucid_jax import nn
+from lucid_jax import attention, nn
 from lucid_jax.attention.attend import attend
 from lucid_jax.attention.extend import extend, extend_leaves
 from lucid_jax.attention.merge import merge
@@ -115,6 +115,7 @@ __all__ = [
     "Tree",
     "astype",
     "attend",
+    "attention",
     "beam_search",
     "capacity",
     "check_overflow",

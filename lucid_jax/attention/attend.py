@@ -79,16 +79,17 @@ def attend(
 ) -> jax.Array | Pair:
     """Attention of the newest T tokens' queries over what the layer stores; call it after `update`.
 
-    Causal by position: a query sees stored tokens at its own position and before, and of a sliding
-    layer its window and the sinks. Slots that hold no live token are never seen, whatever is in them.
-    Cost is O(T * length), and so is that of its gradient, whose memory is linear in T and the capacity:
-    reverse mode is right with respect to query, bias, sinks and stored tokens. The cotangents of tokens
-    are summed in float32 over the queries of a call, then have the tokens' dtype, in which JAX adds
-    those of several calls: train in chunks, not token by token, which costs O(T * capacity).
+    Causal by position: a query sees stored tokens at its own position and before, and of a layer that
+    drops tokens what its layout says: of `Sliding` its window and the sinks, of `Chunked` its block.
+    Slots that hold no live token are never seen, whatever is in them. Cost is O(T * length), and so is
+    that of its gradient, whose memory is linear in T and the capacity: reverse mode is right with
+    respect to query, bias, sinks and stored tokens. The cotangents of tokens are summed in float32 over
+    the queries of a call, then have the tokens' dtype, in which JAX adds those of several calls: train
+    in chunks, not token by token, which costs O(T * capacity).
 
-    A window or KIVI's residual loses, to tokens that were rolled back since, what its oldest queries
-    may see. Asked for more queries than are left, an eager call raises; a traced one leaves out what is
-    gone, and tells it if the state is `checked`.
+    A layer that drops tokens, and KIVI, lose to tokens that were rolled back since what their oldest
+    queries may see. Asked for more queries than are left, an eager call raises; a traced one leaves out
+    what is gone, and tells it if the state is `checked`.
 
     Args:
         state: the cache, with the T tokens already in it.
@@ -162,7 +163,7 @@ def attend(
     )
     if places is not None and not layer.bounded:
         raise ValueError(
-            "a sliding layer cannot tell after the update where cache_position= was; call "
+            f"{layer.spec} cannot tell after the update where cache_position= was; call "
             "extend(state, query, key, value, layer_idx, cache_position=...) instead of both"
         )
     if causal and layer.lookback is not None and tokens > layer.lookback + 1:
@@ -174,7 +175,7 @@ def attend(
         )
     if (mask is not None or bias is not None) and not layer.bounded and tokens > 1:
         raise ValueError(
-            "slots of a sliding layer's get() stand for other tokens before and after a chunk of "
+            f"slots of get() of {layer.spec} stand for other tokens before and after a chunk of "
             f"{tokens}; pass mask= and bias= to extend(state, query, key, value, layer_idx)"
         )
     full = (layer.batch_size, heads, tokens, layer.capacity)

@@ -103,15 +103,15 @@ def extend(
         value: (B, H, T, Dv).
         layer_idx: which layer.
         lengths: see `update`.
-        cache_position: see `update`; not for chunks that need reading first. A `mask` of a sliding
-            layer then goes by what `get` gives after the call.
+        cache_position: see `update`; not for chunks that need reading first. A `mask` of a
+            layer that drops tokens then goes by what `get` gives after the call.
         scale: see `attend`.
         softcap: see `attend`.
         window: see `attend`.
-        mask: bool, broadcastable to (B, N, T, C); of a sliding layer to (B, N, T, C + T), whose last
-            axis counts the tokens `get` gives before the call, the new ones right after them. Where the
-            call makes a dynamic layer grow, C may be the capacity before it: what the mask says
-            nothing of, new tokens past that, is visible (and has no bias).
+        mask: bool, broadcastable to (B, N, T, C); of a layer that drops tokens to (B, N, T, C + T),
+            whose last axis counts the tokens `get` gives before the call, the new ones right after
+            them. Where the call makes a dynamic layer grow, C may be the capacity before it: what the
+            mask says nothing of, new tokens past that, is visible (and has no bias).
         bias: float, broadcastable likewise.
         rope_theta: see `attend`.
         sink_logits: see `attend`.
@@ -264,7 +264,7 @@ def extend_leaves(
         roomy = make_room(layer, count, places, counts)
         run = programs.extend.compiled(donate or roomy is not layer)
     layer, given = roomy, layer.capacity if layer.bounded else None
-    # A mask of a sliding layer names tokens that will be gone, so it too wants reading first.
+    # A mask of a layer that drops tokens names tokens that will be gone, so it too wants reading first.
     masked = mask is not None or bias is not None
     first = places is None and (not lasting or (masked and not layer.bounded))
     width = layer.capacity + (count if first and not layer.bounded else 0)

@@ -288,7 +288,7 @@ def rollback(state: CacheState, n: ArrayLike, *, donate: bool = False) -> CacheS
 
     Raises:
         ValueError: if `n` is negative, more than is stored, or more than a layer can bring back
-            exactly: a window that has wrapped its `slack`, KIVI its `residual`, and an evicted layer
+            exactly: a ring that has wrapped its `slack`, KIVI its `residual`, and an evicted layer
             what came since. (Traced: nothing is dropped and `overflowed` is set, per row.)
         TypeError: if not integers.
 
@@ -340,7 +340,7 @@ def _no_way_back(state: CacheState, drop: np.ndarray, possible: np.ndarray) -> s
         return f"{asked} would reach tokens that were there at the latest compact; drop fewer"
     return (
         f"{asked} is more than {layer.spec} can bring back: it promises {layer.lookback} tokens, "
-        "counted from the longest it has been. Give Sliding more slack=, or KIVI more residual="
+        "counted from the longest it has been. Give the layer more slack=, or KIVI more residual="
     )
 
 
@@ -383,7 +383,7 @@ def with_room(state: CacheState, needs: Sequence[int]) -> CacheState:
 def ensure_capacity(state: CacheState, n: int) -> CacheState:
     """Makes room for `n` more tokens in every row before a compiled chunk of steps; see `grow`.
 
-    Sliding layers need none.
+    Layers that drop tokens need none.
 
     Example:
         >>> import lucid_jax as lj

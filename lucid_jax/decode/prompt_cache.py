@@ -121,8 +121,8 @@ class PromptCache:
 
         Args:
             model: whose prompts they are. Its weights must not change afterwards.
-            spec: of the cache that prompts are prefilled into, or one per layer. A sliding layer's
-                segments are smallest with `chunk` up to its window.
+            spec: of the cache that prompts are prefilled into, or one per layer. Of a layer that
+                drops tokens segments are smallest with `chunk` up to its capacity.
             max_bytes: the most that is kept on the host, in bytes of arrays. A longer prompt works,
                 and its beginning is kept.
             chunk: tokens of a node. Smaller chunks reuse more of a beginning that two prompts share,

@@ -87,8 +87,8 @@ class AttendedStore(LayerStore):
     ) -> Any:
         """`store` and `attend` in one: the new tokens' queries (B, N, T, D) see what they should.
 
-        A sliding cache no longer has, once a long chunk is stored, what the chunk's first queries
-        should see; this reads before it overwrites. See `lucid_jax.extend`, which takes the options.
+        A cache that drops tokens no longer has, once a long chunk is stored, what the chunk's first
+        queries should see; this reads before it overwrites. Options are those of `lucid_jax.extend`.
         """
         index, key, value, inner, indices = self._checked(key, value, layer_idx, cache_position)
         query = _as_query(query)
