@@ -238,6 +238,14 @@ class Tokenizer:
         text = self.chat_template.render(
             messages, add_generation_prompt=add_generation_prompt, **variables
         )
+        return self.encode_rendered(text)
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """What a chat template wrote to ids: special tokens as such, and nothing put before it.
+
+        Raises:
+          UnicodeEncodeError: for lone surrogates, which are no text.
+        """
         text.encode()
         return self._prompt_backend.encode(text, add_special_tokens=False).ids
 

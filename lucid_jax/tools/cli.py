@@ -1,4 +1,4 @@
-"""The command line: `lucid-jax generate`, `compare`, `eval` and `bench`.
+"""The command line: `lucid-jax generate`, `chat`, `compare`, `eval` and `bench`.
 
 Bad input ends in one line on stderr and exit code 2.
 """
@@ -16,12 +16,18 @@ import jax
 from lucid_jax.io.checked_file import short
 from lucid_jax.tools import program_store
 from lucid_jax.tools.bench import run_bench
+from lucid_jax.tools.chat_command import chat_command
 from lucid_jax.tools.compare import compare_command
 from lucid_jax.tools.eval_command import eval_command
 from lucid_jax.tools.generate_command import generate_command
 from lucid_jax.tools.specs import CODECS, LAYOUTS
 
-_COMMANDS = {"generate": generate_command, "compare": compare_command, "eval": eval_command}
+_COMMANDS = {
+    "generate": generate_command,
+    "chat": chat_command,
+    "compare": compare_command,
+    "eval": eval_command,
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -37,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _Parser(prog="lucid-jax", description="KV caches for JAX.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_generate(commands.add_parser("generate", help="continue a prompt, streaming the text"))
+    _add_chat(commands.add_parser("chat", help="a conversation whose cache is kept between turns"))
     _add_compare(
         commands.add_parser("compare", help="one prompt with several caches, side by side")
     )
@@ -79,6 +86,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", metavar="PROMPT", help="text to continue")
+    parser.add_argument(
+        "--chat", action="store_true",
+        help="the prompt is a question, asked as the chat template of the checkpoint writes it",
+    )  # fmt: skip
     _add_cache(parser)
     parser.add_argument(
         "--capacity", type=int, metavar="N",
@@ -90,14 +101,37 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         help="decode speculatively: ngram, embedded (the shipped model's draft) or a model folder",
     )  # fmt: skip
     parser.add_argument("--no-cache", action="store_true", help="recompute everything, to compare")
-    parser.add_argument("--max-new-tokens", type=int, default=120, metavar="N")
-    parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy")
+    _add_sampling(parser, max_new_tokens=120)
+    _add_model(parser)
+
+
+def _add_chat(parser: argparse.ArgumentParser) -> None:
+    _add_cache(parser)
+    parser.add_argument(
+        "--capacity", type=int, metavar="N",
+        help="tokens of the whole conversation in a static cache; by default 2048, or what the model "
+        "was trained for if that is less. --cache sliding:1024+4 --rope-by-place never fills",
+    )  # fmt: skip
+    parser.add_argument("--system", metavar="TEXT", help="what the model is told first")
+    _add_sampling(parser, max_new_tokens=512)
+    _add_model(parser)
+    parser.set_defaults(chat=True)
+
+
+def _add_sampling(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> None:
+    """How tokens are chosen, and how many."""
+    parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens, metavar="N")
+    parser.add_argument(
+        "--temperature", type=float, help="0 is greedy; default: 0.7, in a conversation 0.2"
+    )
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="0 keeps all tokens")
     parser.add_argument("--top-p", type=float, default=0.95, metavar="P")
     parser.add_argument("--min-p", type=float, default=0.0, metavar="P")
-    parser.add_argument("--repetition-penalty", type=float, default=1.1, metavar="X")
+    parser.add_argument(
+        "--repetition-penalty", type=float, metavar="X",
+        help="default: 1.1, in a conversation 1, none",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
-    _add_model(parser)
 
 
 def _add_cache(parser: argparse.ArgumentParser) -> None:

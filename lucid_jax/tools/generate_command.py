@@ -16,12 +16,12 @@ import jax.numpy as jnp
 from lucid_jax.cache.introspection import capacity, nbytes
 from lucid_jax.cache.layouts.base import LayerSpec
 from lucid_jax.cache.verbs import grow
-from lucid_jax.decode import NGram, Sampling, speculate, stream, stream_uncached
+from lucid_jax.decode import NGram, speculate, stream, stream_uncached
 from lucid_jax.decode.prefill import room_for
 from lucid_jax.decode.storage import empty_cache
 from lucid_jax.models.checkpoint import embedded_draft_path, load_model
 from lucid_jax.models.transformer import Transformer
-from lucid_jax.tools.cache_options import check_words, name_of, spec_of
+from lucid_jax.tools.cache_options import check_words, name_of, sampling_of, slides, spec_of
 
 if TYPE_CHECKING:
     from lucid_jax.models.tokenizer import Tokenizer  # needs the text extra
@@ -35,7 +35,7 @@ class _Request:
 
     model: Transformer
     tokenizer: Tokenizer
-    text: str
+    text: str  # what is printed before the answer
     prompt: list[int]
     spec: Spec  # the cache
     chosen: bool  # whether the options say so, rather than leave it to the decoders
@@ -88,31 +88,27 @@ def _check_together(options: argparse.Namespace) -> None:
 
 
 def _request(options: argparse.Namespace) -> _Request:
-    sampling = Sampling(
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        min_p=options.min_p,
-        repetition_penalty=options.repetition_penalty,
-    )
     check_words(options)  # a bad word should not wait for a model
     model, tokenizer = load_model(
         options.checkpoint, jnp.dtype(options.dtype), rope_by_place=options.rope_by_place
     )
-    prompt = tokenizer.encode_prompt(options.prompt)
+    if options.chat:
+        prompt = tokenizer.apply_chat_template([{"role": "user", "content": options.prompt}])
+    else:
+        prompt = tokenizer.encode_prompt(options.prompt)
     need = len(prompt) + options.max_new_tokens - 1
     slots = room_for(need) if options.capacity is None else options.capacity
     return _Request(
         model=model,
         tokenizer=tokenizer,
-        text=options.prompt,
+        text="" if options.chat else options.prompt,
         prompt=prompt,
         spec=spec_of(options, model, need, slots),
         # What the decoders choose themselves, they open in steps that most prompts share.
         chosen=(options.cache, options.codec, options.capacity) != ("auto", "none", None),
         decoding={
             "max_new_tokens": options.max_new_tokens,
-            "sampling": sampling,
+            "sampling": sampling_of(options),
             "seed": options.seed,
             "stop_tokens": model.config.eos_token_ids,
         },
@@ -123,7 +119,7 @@ def _print_note(options: argparse.Namespace, request: _Request) -> None:
     """Says on stderr if the text goes beyond what the model was trained for."""
     need = len(request.prompt) + options.max_new_tokens - 1
     trained = request.model.config.max_position_embeddings
-    if need > trained and not (options.rope_by_place and _slides(request.spec)):
+    if need > trained and not (options.rope_by_place and slides(request.spec)):
         print(
             f"note: {need} positions are more than the {trained} this model was trained for",
             file=sys.stderr,
@@ -202,12 +198,7 @@ def _with_slack(spec: Spec, slack: int) -> Spec:
     """A spec whose windows can take so many tokens back."""
     if isinstance(spec, list):
         return [one if one.bounded else one.but(slack=slack) for one in spec]
-    return spec.but(slack=slack) if _slides(spec) else spec
-
-
-def _slides(spec: Spec) -> bool:
-    """Whether a cache keeps the latest tokens only, all its layers alike."""
-    return isinstance(spec, LayerSpec) and not spec.bounded
+    return spec.but(slack=slack) if slides(spec) else spec
 
 
 class _CompileCounter:
