@@ -3,6 +3,7 @@
 import itertools
 from functools import cache
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -112,3 +113,17 @@ def test_few_programs_serve_all_lengths(name, compilations):
     for length, new in rng.integers(1, LONGEST + 1, (4, 2)).tolist():
         run(length, new)
         assert compilations() - before == programs, (length, new)
+
+
+def test_prompts_in_an_array_compile_nothing_more(compilations):
+    """Of every length: XLA would take an array apart by a program for each shape."""
+    one = model("generate")
+
+    def run(prompts):
+        return lj.generate(one, prompts, max_new_tokens=2).tokens.tolist()
+
+    prompts = np.random.default_rng(SEED).integers(0, VOCAB, (2, 13))
+    expected = run(prompts.tolist())
+    before = compilations()
+    assert run(jax.device_put(prompts)) == run(prompts) == expected
+    assert compilations() == before

@@ -32,7 +32,9 @@ def pad_prompts(prompts: Any, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
         ValueError: for no prompts, an empty one, or an id outside the vocabulary.
         TypeError: for ids that are not integers.
     """
-    rows = [np.asarray(row) for row in prompts]
+    # Rows of a JAX array by themselves would take XLA a program for each shape.
+    whole = np.asarray(prompts) if isinstance(prompts, jax.Array) else prompts
+    rows = [np.asarray(row) for row in whole]
     if not rows:
         raise ValueError("prompts must hold at least one row, got none")
     for index, row in enumerate(rows):
