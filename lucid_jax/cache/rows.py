@@ -24,7 +24,7 @@ from lucid_jax.cache.argument_checks import (
     check_layer_axes,
     is_traced,
 )
-from lucid_jax.cache.codecs import PLAIN, keeps_bits
+from lucid_jax.cache.codecs import of_no_backend
 from lucid_jax.cache.convert import stored_by
 from lucid_jax.cache.layouts.base import LayerSpec
 from lucid_jax.cache.sharding import in_auto_axes
@@ -397,8 +397,7 @@ def _check_alike(state: CacheState, other: CacheState) -> None:
 
 def _spec(layer: TokenLayer) -> LayerSpec:
     """A layer's spec, the same for all codecs that keep a token's bits."""
-    keeps = keeps_bits(layer.spec.codec)
-    return layer.spec.but(codec=PLAIN) if keeps else layer.spec
+    return layer.spec.but(codec=of_no_backend(layer.spec.codec))
 
 
 def _stored_alike(state: CacheState, other: CacheState) -> CacheState:

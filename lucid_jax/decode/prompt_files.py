@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lucid_jax.cache.codecs import bits_dtype
+from lucid_jax.cache.codecs import bits_dtype, of_no_backend
 from lucid_jax.cache.cut_and_join import cut
 from lucid_jax.decode.prompt_chunks import ROOT, Content, name_of
 from lucid_jax.decode.storage import empty_cache
@@ -124,12 +124,12 @@ def _content(source: Path, config: str, like: Content) -> Content:
 
 def _about(model: Any, spec: Any, chunk: int) -> dict[str, Any]:
     state = jax.eval_shape(lambda: empty_cache(model, spec, 1))
+    state = state.with_layers(
+        layer.replace(spec=layer.spec.but(codec=of_no_backend(layer.spec.codec)))
+        for layer in state.layers
+    )
     text = json.dumps(describe(state), default=lambda number: number.item())  # NumPy's
-    cache = json.loads(text)
-    for layer in cache["layers"]:
-        if layer["spec"]["codec"] == {"class": "Bits"}:  # the same bits: a file is of no backend
-            layer["spec"]["codec"] = {"class": "Identity"}
-    return {"model": _model_digest(model), "cache": cache, "chunk": chunk}
+    return {"model": _model_digest(model), "cache": json.loads(text), "chunk": chunk}
 
 
 def _check_about(found: dict[str, Any], expected: dict[str, Any]) -> None:

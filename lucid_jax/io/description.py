@@ -17,7 +17,7 @@ import numpy as np
 
 from lucid_jax.cache import evict
 from lucid_jax.cache.axes import ORDERS, STORED
-from lucid_jax.cache.codecs import CODECS, Codec, Simulated
+from lucid_jax.cache.codecs import CODECS, Codec
 from lucid_jax.cache.growth import with_room
 from lucid_jax.cache.layouts import LAYOUTS
 from lucid_jax.cache.state import CacheState
@@ -93,8 +93,14 @@ def _described(value: Any, known: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _codecs(known: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The codecs that one of `known` may hold: one simulates no other that does, so nesting ends."""
-    return CODECS if known is LAYOUTS else {k: v for k, v in CODECS.items() if v is not Simulated}
+    """The codecs that one of `known` may hold; one that holds a codec holds none that does."""
+    if known is LAYOUTS:
+        return CODECS
+
+    def holds_one(codec: type[Codec]) -> bool:  # a field's type may be a class or its name
+        return any("Codec" in str(field.type) for field in dataclasses.fields(codec))  # type: ignore[arg-type]
+
+    return {name: one for name, one in CODECS.items() if not holds_one(one)}
 
 
 def parsed(config: str) -> Any:
@@ -176,7 +182,7 @@ def _empty_layer(description: Any, batch_size: int, ragged: bool, room: int) -> 
         )
 
     def build() -> TokenLayer:
-        layer = _unrotated(spec).init(
+        layer = spec.but(codec=_unrotated(spec.codec)).init(
             batch_size=batch_size, num_kv_heads=num_kv_heads, dims=dims, dtype=dtype, ragged=ragged,
         )  # fmt: skip
         if spec.growable:
@@ -207,15 +213,13 @@ def _dims(leaves: Any) -> tuple[tuple[str, int], ...]:
     return tuple((name, _count(dim, f"the width of {name}", least=1)) for name, dim in pairs)
 
 
-def _unrotated(spec: Any) -> Any:
-    """The spec without rotation: stored alike, but tracing it builds no matrix of head_dim squared."""
-    codec = spec.codec
-    inner: Any = codec.inner if isinstance(codec, Simulated) else codec
-    if "rotate" not in {field.name for field in dataclasses.fields(inner)}:
-        return spec
-    inner = dataclasses.replace(inner, rotate=False)
-    codec = Simulated(inner) if isinstance(codec, Simulated) else inner
-    return spec.but(codec=codec)
+def _unrotated(codec: Any) -> Any:
+    """The codec without rotation: stored alike, but tracing it builds no matrix of head_dim squared."""
+    fields = {field.name: getattr(codec, field.name) for field in dataclasses.fields(codec)}
+    changes = {name: _unrotated(one) for name, one in fields.items() if isinstance(one, Codec)}
+    if "rotate" in fields:
+        changes["rotate"] = False
+    return dataclasses.replace(codec, **changes)
 
 
 def _grown(layer: TokenLayer, slots: int) -> TokenLayer:

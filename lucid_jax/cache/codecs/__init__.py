@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from lucid_jax.cache.codecs.argument_checks import check_codec, check_dtype, refuse_tangents
 from lucid_jax.cache.codecs.base import Codec, Form
-from lucid_jax.cache.codecs.bits import AsBits, Bits, default_codec, keeps_bits
+from lucid_jax.cache.codecs.bits import AsBits, Bits, default_codec, keeps_bits, of_no_backend
 from lucid_jax.cache.codecs.float8 import Float8
 from lucid_jax.cache.codecs.identity import PLAIN, Identity, Raw
 from lucid_jax.cache.codecs.int4 import Int4
@@ -45,6 +45,7 @@ __all__ = [
     "check_dtype",
     "default_codec",
     "keeps_bits",
+    "of_no_backend",
     "refuse_tangents",
     "register",
 ]

@@ -67,3 +67,8 @@ def default_codec(dtype: DTypeLike) -> Codec:
 def keeps_bits(codec: Codec) -> bool:
     """Whether every token comes back bit for bit: such codecs store alike but for the dtype."""
     return isinstance(codec, (Identity, Bits))
+
+
+def of_no_backend(codec: Codec) -> Codec:
+    """The codec, or one that stands for all that keep a token's bits, whichever a backend wants."""
+    return PLAIN if keeps_bits(codec) else codec
