@@ -68,7 +68,7 @@ def pytest_collection_modifyitems(items):
     """
     tests = collections.defaultdict(list)
     for item in items:
-        if not item.get_closest_marker("notebooks"):
+        if not any(map(item.get_closest_marker, ("notebooks", "real_weights"))):
             tests[item.nodeid.partition("[")[0]].append(item)
     for test, cases in tests.items():
         rng = random.Random(f"{SEED} {test}")

@@ -196,7 +196,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def _is_gguf(path: Path) -> bool:
-    return path.is_file() or path.suffix.lower() == ".gguf"
+    return path.is_file() or (path.suffix.lower() == ".gguf" and not path.is_dir())
 
 
 def _load_gguf(
