@@ -7,7 +7,6 @@ import os
 import random
 import secrets
 import tempfile
-from pathlib import Path
 
 # Eight devices, for the tests of meshes, cost the others nothing.
 _flags = "--xla_force_host_platform_device_count=8"
@@ -128,28 +127,20 @@ def compilations():
     return lambda: _compilations
 
 
-_MAPS_KEPT = 20_000
-_looked = 0
-
-
-def _memory_maps():
-    """How many this process has; 0 where the system does not tell."""
-    try:
-        return Path("/proc/self/maps").read_bytes().count(b"\n")
-    except OSError:
-        return 0
+_PROGRAMS_KEPT = 300
+_dropped = 0
 
 
 @pytest.fixture(autouse=True)
 def _forget_programs():
     """Drops compiled programs now and then.
 
-    Each takes a dozen memory maps or many more, of which Linux grants a process 65,530; past that XLA
-    crashes.
+    A few hundred take a gigabyte, and each a dozen memory maps or many more, of which Linux grants a
+    process 65,530; past that XLA crashes.
     """
-    global _looked
+    global _dropped
     yield
-    if _compilations - _looked > 50:
-        _looked = _compilations
-        if _memory_maps() > _MAPS_KEPT:
-            jax.clear_caches()
+    if _compilations - _dropped > _PROGRAMS_KEPT:
+        _dropped = _compilations
+        jax.clear_caches()
+        gc.collect()
