@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +47,17 @@ class Document:
 def num_bytes(documents: Sequence[Document]) -> int:
     """The UTF-8 size of the texts."""
     return sum(len(d.text.encode()) for d in documents)
+
+
+def first_bytes(documents: Sequence[Document], limit: int) -> list[Document]:
+    """Documents up to a number of UTF-8 bytes, the last one cut short."""
+    kept = []
+    for document in documents:
+        text = document.text.encode()[: max(limit, 0)].decode(errors="ignore")
+        limit -= len(document.text.encode())
+        if text:
+            kept.append(replace(document, text=text))
+    return kept
 
 
 def pack(tokenizer: Tokenizer, documents: Sequence[Document]) -> np.ndarray:

@@ -61,20 +61,19 @@ def chat_command(options: argparse.Namespace) -> None:
 
 
 class Transcript:
-    """What was said, as a chat template writes it, and how much of that the cache has."""
+    """What was said, as a chat template writes it, and how much of that the cache has.
+
+    Attributes:
+        tokenizer: whose ids they are.
+    """
 
     def __init__(self, tokenizer: Tokenizer, system: str | None = None):
         """An empty conversation; `system` opens it, where the model knows of such messages."""
-        self._tokenizer, self._system = tokenizer, system
+        self.tokenizer, self._system = tokenizer, system
         self.reset()
         tokenizer.apply_chat_template(
             [{"role": "user", "content": "Hello"}]
         )  # raises if it has none
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """Whose ids they are."""
-        return self._tokenizer
 
     def reset(self) -> None:
         """Forgets what was said."""
@@ -89,14 +88,14 @@ class Transcript:
         If not, as a template may write earlier answers otherwise than they came, they are the whole.
         """
         asked = [*self._messages, {"role": "user", "content": text}]
-        template = self._tokenizer.chat_template
+        template = self.tokenizer.chat_template
         assert template is not None
         whole = template.render(asked)
         goes_on = whole.startswith(self._told)
         if not goes_on:
             self._told = ""
         self._asked, self._whole = asked, whole
-        return self._tokenizer.encode_rendered(whole[len(self._told) :]), goes_on
+        return self.tokenizer.encode_rendered(whole[len(self._told) :]), goes_on
 
     def answered(self, text: str) -> None:
         """Takes in the answer to the latest `ask`."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from lucid_jax.cache.introspection import nbytes
 from lucid_jax.cache.verbs import grow
 from lucid_jax.decode.storage import empty_cache
 from lucid_jax.models.checkpoint import load_model
-from lucid_jax.models.evaluate import Document, bits_per_byte, num_bytes, pack
+from lucid_jax.models.evaluate import Document, bits_per_byte, first_bytes, num_bytes, pack
 from lucid_jax.tools.cache_options import check_words, name_of, spec_of
 
 
@@ -29,7 +28,7 @@ def eval_command(options: argparse.Namespace) -> None:
     else:
         documents = [Document("file", options.text, Path(options.text).read_text("utf-8"))]
     if options.bytes is not None:
-        documents = _first_bytes(documents, options.bytes)
+        documents = first_bytes(documents, options.bytes)
     stream, size = pack(tokenizer, documents), num_bytes(documents)
     if not size:
         raise ValueError("there is no text to score")
@@ -57,14 +56,3 @@ def _held_out() -> Sequence[Document]:
             "and not in the installed package; name a text with --text FILE"
         ) from None
     return python_corpus().held_out
-
-
-def _first_bytes(documents: Sequence[Document], limit: int) -> list[Document]:
-    """Documents up to a number of UTF-8 bytes, the last one cut short."""
-    kept = []
-    for document in documents:
-        text = document.text.encode()[: max(limit, 0)].decode(errors="ignore")
-        limit -= len(document.text.encode())
-        if text:
-            kept.append(dataclasses.replace(document, text=text))
-    return kept

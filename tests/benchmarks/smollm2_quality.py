@@ -10,7 +10,6 @@ tokens that do not see each other. Takes an hour on two cores; rows are printed 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import importlib.util
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +25,7 @@ import lucid_jax as lj
 from lucid_jax import codecs, scoring
 from lucid_jax.attention.rope import rope
 from lucid_jax.models import load_model
-from lucid_jax.models.evaluate import bits_per_byte, num_bytes, pack
+from lucid_jax.models.evaluate import bits_per_byte, first_bytes, num_bytes, pack
 from lucid_jax.training.corpus import python_corpus
 
 CONTEXT, CHUNK = 1024, 64  # of a window of text; between two evictions
@@ -44,12 +43,7 @@ def weights() -> Path:
 
 def text(tokenizer: Any, limit: int) -> tuple[np.ndarray, int]:
     """The first `limit` bytes of the held-out documentation: token ids, and the bytes they are."""
-    documents, left = [], limit
-    for document in python_corpus().held_out:
-        kept = document.text.encode()[:left].decode(errors="ignore")
-        left -= len(kept.encode())
-        if kept:
-            documents.append(dataclasses.replace(document, text=kept))
+    documents = first_bytes(python_corpus().held_out, limit)
     return pack(tokenizer, documents), num_bytes(documents)
 
 
