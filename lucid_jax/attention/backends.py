@@ -10,15 +10,20 @@ from lucid_jax.attention.mask import Mask
 from lucid_jax.attention.prefix import dense, dense_if_small
 from lucid_jax.attention.protocol import Backend, NotMe, platform
 from lucid_jax.attention.softmax import Query, Scores
+from lucid_jax.attention.tpu.backend import pallas_tpu
 from lucid_jax.attention.walk import walk
 from lucid_jax.cache.reading import SlotRun
 
 PLATFORMS = ("cpu", "gpu", "tpu")
-_BY_NAME: dict[str, Backend] = {"walk": walk, "dense": dense}
+_BY_NAME: dict[str, Backend] = {
+    "walk": walk,
+    "dense": dense,
+    "pallas_tpu": pallas_tpu,
+}
 _TRIED: dict[str, tuple[Backend, ...]] = {
     "cpu": (walk,),  # of a short cache it is the product
     "gpu": (dense_if_small, walk),
-    "tpu": (dense_if_small, walk),
+    "tpu": (pallas_tpu, dense_if_small, walk),
 }
 
 

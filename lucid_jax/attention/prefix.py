@@ -18,7 +18,7 @@ from jax import lax
 from lucid_jax.attention.mask import Mask
 from lucid_jax.attention.protocol import NotMe, platform
 from lucid_jax.attention.softmax import Block, Query, Scores, queries_by_leaf
-from lucid_jax.attention.walk import Carry, Way, attention
+from lucid_jax.attention.walk import ByBlocks, Carry, attention
 from lucid_jax.cache.reading import SlotRun
 
 
@@ -52,7 +52,7 @@ def dense(
         out, lse = dense(twice, slot_runs, mask, scores)
         return _every_other(out), _every_other(lse)
     # Masked values would be a copy of them all, so that is only done if it turns out to be needed.
-    return attention(Way(one_block, "trusting"), query, slot_runs, mask, scores)
+    return attention(ByBlocks(one_block, "trusting"), query, slot_runs, mask, scores)
 
 
 def dense_if_small(

@@ -56,18 +56,36 @@ class Blocks(Protocol):
         ...
 
 
-class Way(NamedTuple):
-    """A way forward: which blocks, and with how much care."""
+class Way(Protocol):
+    """A way forward; hashable."""
+
+    @property
+    def care(self) -> Care:
+        """With how much of it."""
+        ...
+
+    def over(self, read: Reader, rows: RowsByLeaf, stored: Packed, running: Running, /) -> Running:
+        """Goes on with a softmax over what is stored in a run."""
+        ...
+
+
+class ByBlocks(NamedTuple):
+    """The way of a running softmax: which blocks, and with how much care."""
 
     blocks: Blocks
     care: Care
+
+    def over(self, read: Reader, rows: RowsByLeaf, stored: Packed, running: Running) -> Running:
+        """Goes on with a softmax, block by block."""
+        body = partial(softmax_block, read, rows, stored, self.care)
+        return self.blocks(read.slot_run, body, running)
 
 
 def walk(
     query: Query, slot_runs: Sequence[SlotRun], mask: Mask, scores: Scores
 ) -> tuple[jax.Array, jax.Array]:
     """The backend "walk", which takes every call: see `lucid_jax.attention.Backend`."""
-    return attention(Way(each_block, "masked"), query, slot_runs, mask, scores)
+    return attention(ByBlocks(each_block, "masked"), query, slot_runs, mask, scores)
 
 
 def each_block(slot_run: SlotRun, body: Callable[[Carry, Block], Carry], carry: Carry) -> Carry:
@@ -112,12 +130,12 @@ class _Inputs:
 def attention(
     way: Way, query: Query, slot_runs: Sequence[SlotRun], mask: Mask, scores: Scores
 ) -> tuple[jax.Array, jax.Array]:
-    """Attention as a running softmax, block by block of some way forward; backward it is the walk.
+    """Attention as a running softmax by some way forward; backward it is the walk.
 
     Differentiable in reverse mode: by queries, bias, sinks and the floating-point leaves of the runs.
 
     Args:
-        way: which blocks forward, and with how much care; static.
+        way: how it goes forward; static.
         query: (B, N, T, D), or one for each leaf that is scored, by name.
         slot_runs: what is stored.
         mask: who sees what.
@@ -144,7 +162,7 @@ def _attention(way: Way, inputs: _Inputs, asked: _Asked) -> tuple[jax.Array, jax
     running = _softmax(way, inputs, asked, start)
     # Whether queries of a KV head may see different tokens.
     many = mask.tokens > 1 or mask.by_head
-    careful = Way(each_block, "exact" if many else "masked")
+    careful = ByBlocks(each_block, "exact" if many else "masked")
     if way.care != careful.care:
         # A token that is not finite shows in the sum of whoever read its block. Then all is walked
         # again, with more care. By a loop and not a choice, which under vmap would always do both.
@@ -163,8 +181,7 @@ def _attention(way: Way, inputs: _Inputs, asked: _Asked) -> tuple[jax.Array, jax
 def _softmax(way: Way, inputs: _Inputs, asked: _Asked, running: Running) -> Running:
     """Goes on with a softmax over all runs, sight by sight."""
     for r, p, read in _readers(inputs, asked):
-        body = partial(softmax_block, read, inputs.rows[r], inputs.tokens[p], way.care)
-        running = way.blocks(read.slot_run, body, running)
+        running = way.over(read, inputs.rows[r], inputs.tokens[p], running)
     return running
 
 
