@@ -11,7 +11,7 @@ import pytest
 from jax.test_util import check_grads
 
 import lucid_jax as lj
-from lucid_jax.attention import NotMe, backends, prefix
+from lucid_jax.attention import NotMe, backends, prefix, walk
 from lucid_jax.cache.reading import slot_runs
 from tests.helpers import DV, D, H, make, more_layouts, poison, queries, tokens
 from tests.oracle import Arithmetic, Oracle, Window
@@ -279,6 +279,32 @@ def test_the_product_is_one_block_and_at_most_one_choice(where, capacity, runs, 
 
 
 LONG = prefix.OTHERS_RUNS.short * prefix.OTHERS_RUNS.share + 500
+
+
+@pytest.mark.parametrize(
+    "where, batch, heads, queries, dim, size",
+    [
+        ("cpu", 1, 2, 4, 64, 512),
+        ("cpu", 64, 8, 4, 128, 64),  # all keys of a block stay in the caches
+        ("cpu", 32, 2, 4, 64, 128),
+        ("cpu", 1, 2, 2048, 64, 256),  # and so do its scores
+        ("cpu", 64, 64, 4096, 256, 64),  # but it is never less than a row's worth
+        ("cpu", 0, 2, 4, 64, 512),
+        ("gpu", 8, 8, 4, 128, 512),
+        ("tpu", 8, 8, 4, 128, 4096),
+        ("tpu", 1, 8, 2048, 128, 1024),
+        ("tpu", 8, 8, 2048, 128, 256),
+    ],
+)
+def test_the_walk_reads_as_much_at_once_as_its_platform_likes(
+    where, batch, heads, queries, dim, size, monkeypatch
+):
+    """Few turns of the loop, but what a turn holds stays in the caches of a CPU."""
+    cpu = walk.SIZES["cpu"]._replace(most=512)  # as users have it
+    monkeypatch.setattr(walk, "SIZES", {**walk.SIZES, "cpu": cpu})
+    monkeypatch.setattr(walk, "platform", lambda: where)
+    rows = jax.ShapeDtypeStruct((batch, heads, queries, dim), jnp.float32)
+    assert walk.block_size({"key": rows}) == size
 
 
 @pytest.mark.parametrize("ragged", [False, True], ids=["aligned", "ragged"])

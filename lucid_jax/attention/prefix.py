@@ -17,7 +17,7 @@ from jax import lax
 
 from lucid_jax.attention.mask import Mask
 from lucid_jax.attention.protocol import NotMe, platform
-from lucid_jax.attention.softmax import Block, Query, Scores, queries_by_leaf
+from lucid_jax.attention.softmax import Block, Query, RowsByLeaf, Scores, queries_by_leaf
 from lucid_jax.attention.walk import ByBlocks, Carry, attention
 from lucid_jax.cache.reading import SlotRun
 
@@ -82,7 +82,9 @@ def _packed(slot_run: SlotRun) -> bool:
     return any(codes.shape[-1] < form.dim for codes, form in each)
 
 
-def one_block(slot_run: SlotRun, body: Callable[[Carry, Block], Carry], carry: Carry) -> Carry:
+def one_block(
+    slot_run: SlotRun, rows: RowsByLeaf, body: Callable[[Carry, Block], Carry], carry: Carry
+) -> Carry:
     """The product's way: one block, of the least of a few static sizes that holds all slots in use."""
     oldest = slot_run.start // slot_run.stride * slot_run.stride
     sizes = _sizes(slot_run)

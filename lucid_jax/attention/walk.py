@@ -24,6 +24,7 @@ from lucid_jax.attention.gradient import (
     incoming,
 )
 from lucid_jax.attention.mask import Mask
+from lucid_jax.attention.protocol import platform
 from lucid_jax.attention.softmax import (
     Block,
     Care,
@@ -41,7 +42,25 @@ from lucid_jax.cache.carry import varying_as
 from lucid_jax.cache.packing import Packed
 from lucid_jax.cache.reading import SlotRun
 
-BLOCK = 256  # slots per loop turn: measured best of 128, 256, 512 on CPU for 1 and 4 heads a group
+
+class Sizes(NamedTuple):
+    """What a block may be."""
+
+    least: int  # slots, whatever else
+    most: int  # slots
+    tokens: int  # the most numbers of its keys, of all rows and heads
+    scores: int  # the most numbers, of all rows, heads and queries
+
+
+# On CPU a turn of the loop costs as much as some ten thousand numbers, and what a block holds is to be
+# in the cores' caches: of 64 to 2048 slots these are the best, or nearly, from 1 row of 2 heads of 64
+# to 64 rows of 8 heads of 128, for one query and for 512. A TPU reads a block where it lies: by its
+# compiler's estimates the longer it is the better, while scores fit its memory. A GPU copies it first.
+SIZES = {
+    "cpu": Sizes(64, 512, 1 << 19, 1 << 20),
+    "tpu": Sizes(256, 4096, 1 << 26, 1 << 24),
+}
+OTHERS_SIZES = Sizes(256, 512, 1 << 26, 1 << 24)
 
 Carry = TypeVar("Carry")
 
@@ -50,9 +69,17 @@ class Blocks(Protocol):
     """How the slots of a run that are in use are gone through."""
 
     def __call__(
-        self, slot_run: SlotRun, body: Callable[[Carry, Block], Carry], carry: Carry, /
+        self,
+        slot_run: SlotRun,
+        rows: RowsByLeaf,
+        body: Callable[[Carry, Block], Carry],
+        carry: Carry,
+        /,
     ) -> Carry:
-        """Runs `body(carry, block)` over blocks that hold slots `slot_run.start` to `slot_run.stop`."""
+        """Runs `body(carry, block)` over blocks that hold slots `slot_run.start` to `slot_run.stop`.
+
+        `rows` are the queries, which say how large a block of so many slots is.
+        """
         ...
 
 
@@ -78,7 +105,7 @@ class ByBlocks(NamedTuple):
     def over(self, read: Reader, rows: RowsByLeaf, stored: Packed, running: Running) -> Running:
         """Goes on with a softmax, block by block."""
         body = partial(softmax_block, read, rows, stored, self.care)
-        return self.blocks(read.slot_run, body, running)
+        return self.blocks(read.slot_run, rows, body, running)
 
 
 def walk(
@@ -88,9 +115,21 @@ def walk(
     return attention(ByBlocks(each_block, "masked"), query, slot_runs, mask, scores)
 
 
-def each_block(slot_run: SlotRun, body: Callable[[Carry, Block], Carry], carry: Carry) -> Carry:
-    """The walk's way: blocks of `BLOCK` slots one by one; the last may overlap the one before."""
-    size = min(max(BLOCK // slot_run.stride, 1) * slot_run.stride, slot_run.size)
+def block_size(rows: RowsByLeaf) -> int:
+    """Slots of a block for queries (B, H, R, D), a power of two."""
+    sizes = SIZES.get(platform(), OTHERS_SIZES)
+    batch, heads, queries, _ = next(iter(rows.values())).shape
+    dim = sum(x.shape[-1] for x in rows.values())
+    each = max(batch * heads, 1)
+    size = min(sizes.most, sizes.tokens // (each * dim), sizes.scores // (each * queries))
+    return 1 << (max(size, sizes.least).bit_length() - 1)
+
+
+def each_block(
+    slot_run: SlotRun, rows: RowsByLeaf, body: Callable[[Carry, Block], Carry], carry: Carry
+) -> Carry:
+    """The walk's way: blocks of `block_size` slots one by one; the last may overlap the one before."""
+    size = min(max(block_size(rows) // slot_run.stride, 1) * slot_run.stride, slot_run.size)
     oldest = slot_run.start // slot_run.stride * slot_run.stride
 
     def step(turn_and_carry: tuple[jax.Array, Carry]) -> tuple[jax.Array, Carry]:
@@ -245,7 +284,7 @@ def _backward(way: Way, kept: Any, cotangents: Any) -> Any:
         mine = jax.tree.map(finite, inputs.rows[r])
         body = partial(gradient_block, grad, read, mine, inputs.tokens[p])
         sums = Gradients(d_rows[r], d_tokens[p], d_bias)
-        d_rows[r], d_tokens[p], d_bias = each_block(read.slot_run, body, sums)
+        d_rows[r], d_tokens[p], d_bias = each_block(read.slot_run, mine, body, sums)
     d_sinks = None
     if wanted.sink_logits:
         d_sinks = gradient_of_sinks(grad, inputs.sink_logits, asked.mask)
