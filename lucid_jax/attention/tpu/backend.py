@@ -34,6 +34,7 @@ from lucid_jax.cache.stacked import Stacked
 LANES = 128  # numbers side by side in a register of a TPU
 ROWS = 8  # registers are so many rows of them
 BLOCK_BYTES = 1 << 20  # of one leaf: half of that or less leaves the memory waiting between blocks
+MOST_BYTES = 1 << 21  # of one leaf: two leaves, each twice, lie beside all else in 16 MiB
 MOST_SLOTS = 2048  # of a block: a row reads up to one more than it needs
 MOST_ROWS = 128  # queries of a KV head; of more the scores of a block are large
 MOST_BLOCKS = 1 << 16  # of all rows: their numbers lie in scalar memory
@@ -90,6 +91,8 @@ class PallasTPU:
                     return f"does not read {type(form).__name__} of {form.dtype}"
             stored = slot_run.only(names)
             slots = _slots_of_block(stored, slot_run.size, mask.num_kv_heads, self.block_bytes)
+            if slots * _bytes_of_slot(stored, mask.num_kv_heads) > MOST_BYTES:
+                return f"reads {ROWS} KV heads at a time, or all, and these are too many"
             if -(-slot_run.size // slots) * batch > MOST_BLOCKS:
                 return f"counts at most {MOST_BLOCKS} blocks of slots"
         return None
@@ -206,12 +209,18 @@ def _heads_of_block(heads: int) -> int:
 
 def _slots_of_block(stored: Packed, size: int, heads: int, most_bytes: int) -> int:
     """Slots that are read together, whole registers of them, of `size`."""
-    numbers = [jax.tree.leaves(x)[0] for x in stored.values()]
-    each = max(x.shape[-1] * x.dtype.itemsize for x in numbers) * _heads_of_block(heads)
+    each = _bytes_of_slot(stored, heads)
     slots = LANES
     while 2 * slots <= MOST_SLOTS and 2 * slots * each <= most_bytes:
         slots *= 2
     return min(slots, math.ceil(size / LANES) * LANES)
+
+
+def _bytes_of_slot(stored: Packed, heads: int) -> int:
+    """Bytes of one slot of the largest leaf, of the KV heads that are read together."""
+    numbers = [jax.tree.leaves(x)[0] for x in stored.values()]
+    widest: int = max(x.shape[-1] * x.dtype.itemsize for x in numbers)
+    return widest * _heads_of_block(heads)
 
 
 def _number(slot_run: SlotRun) -> jax.Array:

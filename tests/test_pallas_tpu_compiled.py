@@ -1,0 +1,134 @@
+"""The kernel as the TPU's own compiler takes it, for chips that need not be there.
+
+Wants libtpu (`pip install "jax[tpu]"`); nothing is executed.
+"""
+
+import importlib.util
+import itertools
+import os
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+import lucid_jax as lj
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason='libtpu, the compiler for TPUs, is not installed: pip install "jax[tpu]"',
+)
+CODECS = {
+    "bf16": lj.codecs.Identity(),
+    "f32": lj.codecs.Identity(),
+    "bits": lj.codecs.Bits(),
+    "int8": lj.codecs.Int8(),
+    "fp8": lj.codecs.Float8(),
+}
+SIZES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "u16": 2, "s16": 2}  # bytes a number; else 1
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch):
+    """No metadata server is asked, and what is compiled is not kept: it is looked at."""
+    for name, value in {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }.items():
+        monkeypatch.setenv(name, os.environ.get(name, value))
+    kept = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    yield
+    jax.config.update("jax_enable_compilation_cache", kept)
+
+
+def compiled(target, spec, *, dim, group, count=1, batch=8, heads=8, dtype="bfloat16", stacked=False,
+             ragged=False, **options):  # fmt: skip
+    """`attend` of a layer, compiled, and the bytes of its cache and of its largest leaf."""
+    device = topologies.get_topology_desc(platform="tpu", topology_name=target).devices[0]
+
+    def there(tree):
+        where = SingleDeviceSharding(device)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree)
+
+    def make():
+        return lj.init_cache(
+            spec, num_layers=2, batch_size=batch, num_kv_heads=heads, head_dim=dim, dtype=dtype,
+            stacked=stacked, ragged=ragged,
+        )  # fmt: skip
+
+    state = there(jax.eval_shape(make))
+    query = there(jax.ShapeDtypeStruct((batch, heads * group, count, dim), jnp.dtype(dtype)))
+    with jax.default_device(device):
+        run = jax.jit(lambda s, q: lj.attend(s, q, 1, return_lse=True, **options))
+        program = run.lower(state, query).compile()
+    leaves = [x.size * x.dtype.itemsize for x in jax.tree.leaves(state)]
+    return program, sum(leaves), max(leaves) // (2 if stacked else 1)
+
+
+def moved(text, least):
+    """The instructions that copy, convert or re-tile an array of at least so many bytes."""
+    found = []
+    pattern = r"= (\w+)\[([\d,]+)\]\S* (?:copy|convert|transpose|dynamic-slice|reshape|pad)\("
+    for line in text.splitlines():
+        if match := re.search(pattern, line):
+            size = SIZES.get(match[1], 1)
+            for axis in match[2].split(","):
+                size *= int(axis)
+            if size >= least:
+                found.append(line.strip()[:200])
+    return found
+
+
+def check(codec, target, *, static=True, **how):
+    """A call runs in the kernel, holds next to nothing and copies nothing of a leaf's size."""
+    layout = lj.Static(4096) if static else lj.Sliding(4000, sinks=4, slack=92)
+    how["dtype"] = "float32" if codec == "f32" else "bfloat16"
+    program, cache, leaf = compiled(target, layout.but(codec=CODECS[codec]), **how)
+    text = program.as_text()
+    assert text.count("lucid_jax_decode") and "tpu_custom_call" in text
+    assert program.memory_analysis().temp_size_in_bytes < max(cache / 16, 1 << 20)
+    assert not moved(text, leaf // 2)
+
+
+TARGETS = ("v5e:2x2", "v6e:2x2", "v5p:2x2x1")
+OPTIONS = [
+    {"ragged": True}, {"stacked": True}, {"static": False, "ragged": True}, {"count": 4},
+    {"count": 4, "group": 16}, {"batch": 1, "heads": 1}, {"batch": 1, "heads": 1, "group": 16},
+    {"heads": 32, "group": 1}, {"heads": 12, "group": 1}, {"heads": 2, "ragged": True},
+    {"window": 1000, "softcap": 30.0}, {"batch": 64, "heads": 2},
+]  # fmt: skip
+
+
+def _cases(*axes):
+    """All combinations, of which everyday runs try one or two."""
+    every = list(itertools.product(TARGETS, *axes))
+    few = every[:: len(every) // 10]
+    return [
+        pytest.param(*case, marks=() if case in few else pytest.mark.exhaustive) for case in every
+    ]
+
+
+@pytest.mark.parametrize(
+    "target, codec, dim, group", _cases(CODECS, (64, 80, 96, 128, 256), (1, 4, 8, 16))
+)
+def test_widths_and_groups(target, codec, dim, group):
+    """Every width that models have, and every group."""
+    check(codec, target, dim=dim, group=group)
+
+
+@pytest.mark.parametrize(
+    "target, stored, how",
+    _cases([("bf16", 64), ("bf16", 128), ("int8", 128), ("f32", 256)], OPTIONS),
+    ids=str,
+)
+def test_shapes_and_options(target, stored, how):
+    """Rows of different lengths, rings, stacks, several queries, many heads and few."""
+    codec, dim = stored
+    if codec == "f32" and "count" in how:
+        pytest.skip("the walk, entered where something is not finite, rounds all of float32 first")
+    check(codec, target, **{"dim": dim, "group": 4, **how})
