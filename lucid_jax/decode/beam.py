@@ -31,7 +31,8 @@ from lucid_jax.decode.beam_loop import (
 )
 from lucid_jax.decode.language_model import LanguageModel, split
 from lucid_jax.decode.options import DecodeOptions
-from lucid_jax.decode.prefill import open_cache, prefill, sized
+from lucid_jax.decode.prefill import open_cache, sized
+from lucid_jax.decode.prefill_apart import prefill_prompts
 from lucid_jax.decode.prompts import Prompts, pad_prompts, seen_tokens
 from lucid_jax.decode.sampling import Sampling
 from lucid_jax.decode.storage import empty_cache
@@ -195,7 +196,9 @@ def prefilled(
     batch, longest = tokens.shape
     state, room, history = _open_cache(model, options, batch, longest, width, history)
     structure, params = split(model)
-    last, state = prefill(structure, params, state, tokens, lengths, options.prefill_chunk, room)
+    last, state = prefill_prompts(
+        structure, params, state, tokens, lengths, options.prefill_chunk, room
+    )
     if history != "tree":
         state = verbs.repeat_interleave(state, width)
     seen = seen_tokens(tokens, lengths, model, options.sampling)

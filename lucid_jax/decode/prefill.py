@@ -144,10 +144,12 @@ def prefill(
         part = tokens[:, start : start + size]
         chunk[:, : part.shape[1]] = part
         counts = np.clip(lengths - start, 0, size).astype(np.int32)
+        # Where every row goes on, what came before is not asked for: a program less.
+        before = None if counts.all() else last
         chunk, counts = divided_as_rows(state, (chunk, counts))
-        last, state = _prefill(structure, params, state, chunk, counts, last)
+        last, state = _prefill(structure, params, state, chunk, counts, before)
     assert last is not None
-    return last, _enlarged(state, slots)
+    return last, with_slots(state, slots)
 
 
 def _check_room(state: CacheState, slots: int) -> None:
@@ -160,7 +162,8 @@ def _check_room(state: CacheState, slots: int) -> None:
     check_memory(nbytes // len(devices), next(iter(devices)), f"a cache of {slots} slots")
 
 
-def _enlarged(state: CacheState, slots: int) -> CacheState:
+def with_slots(state: CacheState, slots: int) -> CacheState:
+    """A cache whose static layers have at least `slots` slots; the one given is used up."""
     layers = []
     for layer in state.layers:
         large = enlarged(layer, slots)

@@ -34,7 +34,8 @@ from lucid_jax.decode.drafts import (
 from lucid_jax.decode.generation import Generation
 from lucid_jax.decode.language_model import LanguageModel, ModelStructure, split
 from lucid_jax.decode.options import DecodeOptions
-from lucid_jax.decode.prefill import open_cache, prefill, room_for
+from lucid_jax.decode.prefill import open_cache, room_for
+from lucid_jax.decode.prefill_apart import prefill_prompts
 from lucid_jax.decode.prompts import pad_prompts, seen_tokens
 from lucid_jax.decode.sampling import Sampling
 from lucid_jax.decode.speculation_loop import (
@@ -141,7 +142,9 @@ def speculate(
         own = dataclasses.replace(options, cache=spec)
         state, room = open_cache(one, own, *tokens.shape, spare=spare, slack=drafter.width)
         _check_can_take_back(state, drafter, name)
-        return prefill(structure, params, state, tokens, lengths, options.prefill_chunk, room)
+        return prefill_prompts(
+            structure, params, state, tokens, lengths, options.prefill_chunk, room
+        )
 
     structure, params = split(model)
     last, state = prefilled(model, structure, params, cache, "cache")

@@ -105,16 +105,21 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tokens", type=int, default=20_000)
     parser.add_argument("--bytes", type=int, default=96_000)
+    parser.add_argument("--only", choices=["write", "read"], help="and keep the other of --out")
     options = parser.parse_args()
-    models = {}
-    for by_place in (True, False):
-        models[by_place], tokenizer = load_model(weights(), rope_by_place=by_place)
-    stream, size = text(tokenizer, options.bytes)
-    result: dict[str, Any] = {"bucket": BUCKET, "bytes": size, "read": {}}
-    for name, (by_place, spec) in READINGS.items():
-        result["read"][name] = read(models[by_place], stream, size, spec)
-        print(name, result["read"][name], flush=True)
-    result["written"] = write(models[True], tokenizer, options.tokens)
+    result: dict[str, Any] = {"bucket": BUCKET}
+    if options.only:
+        result |= json.loads(options.out.read_text("utf-8")) if options.out.exists() else {}
+    model, tokenizer = load_model(weights(), rope_by_place=True)
+    if options.only != "read":  # first, while the process holds nothing else
+        result["written"] = write(model, tokenizer, options.tokens)
+    if options.only != "write":
+        models = {True: model, False: load_model(weights())[0]}
+        stream, result["bytes"] = text(tokenizer, options.bytes)
+        result["read"] = {}
+        for name, (by_place, spec) in READINGS.items():
+            result["read"][name] = read(models[by_place], stream, result["bytes"], spec)
+            print(name, result["read"][name], flush=True)
     options.out.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
 
 

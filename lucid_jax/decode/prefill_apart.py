@@ -1,0 +1,58 @@
+"""Prompts of unequal lengths into an empty cache: each by itself where padding them all costs more."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lucid_jax.cache import rows, verbs
+from lucid_jax.cache.state import CacheState
+from lucid_jax.decode.language_model import ModelStructure
+from lucid_jax.decode.prefill import prefill, prefill_chunks, with_slots
+
+FULL = 256  # tokens from which on a call takes longer the more there are; of fewer it reads weights
+
+
+def prefill_prompts(
+    structure: ModelStructure,
+    params: Any,
+    state: CacheState,
+    tokens: np.ndarray,
+    lengths: np.ndarray,
+    largest: int,
+    slots: int = 1,
+) -> tuple[jax.Array, CacheState]:
+    """`prefill` of a cache that holds nothing yet.
+
+    One by one they find the programs of single prompts compiled, and take one more row's memory.
+    """
+    if not (better_apart(lengths, largest) and _on_one_device(state, params)):
+        return prefill(structure, params, state, tokens, lengths, largest, slots)
+    one, lasts = verbs.select(state, [0]), []
+    for row, length in enumerate(lengths):
+        last, one = prefill(
+            structure, params, one, tokens[row : row + 1, :length], lengths[row : row + 1], largest
+        )
+        state = rows.insert(state, np.array([row], np.int32), one, donate=True)
+        one = verbs.reset(one, donate=True)
+        lasts.append(last)
+    return jnp.concatenate(lasts), with_slots(state, slots)
+
+
+def better_apart(lengths: np.ndarray, largest: int) -> bool:
+    """Whether prompts one by one take clearly less time than together, padded to the longest.
+
+    Example:
+        >>> better_apart(np.array([64, 400, 1000]), 512), better_apart(np.array([3, 9, 30]), 512)
+        (True, False)
+    """
+    padded = [sum(size for _, size in prefill_chunks(int(n), largest)) for n in lengths]
+    return 5 * sum(max(n, FULL) for n in padded) < 4 * len(padded) * max(padded)
+
+
+def _on_one_device(*trees: Any) -> bool:
+    devices = [x.devices() for x in jax.tree.leaves(trees) if isinstance(x, jax.Array)]
+    return len(frozenset().union(*devices)) == 1
