@@ -8,7 +8,7 @@ the methods before `write_window`; the loops after it follow.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -232,6 +232,20 @@ def _shift_at_once(leaf: jax.Array, rows: Rows, shift: jax.Array, kept: jax.Arra
 
 @with_gradient_of(_shift_at_once)
 def _shift_left(leaf: jax.Array, rows: Rows, shift: jax.Array, kept: jax.Array) -> jax.Array:
+    # Slots that are read by their numbers make XLA on TPU copy the whole leaf at each turn. On CPU
+    # that is the faster way, if by little.
+    on_tpu = _shift_each if shift.ndim else _shift_alike
+    shifted: jax.Array = lax.platform_dependent(
+        varying_as(leaf, shift, kept),
+        shift,
+        kept,
+        tpu=lambda *x: on_tpu(x[0], rows, *x[1:]),
+        default=lambda *x: _shift_by_number(x[0], rows, *x[1:]),
+    )
+    return shifted
+
+
+def _shift_by_number(leaf: jax.Array, rows: Rows, shift: jax.Array, kept: jax.Array) -> jax.Array:
     """Ascending blocks make it safe in place: a block is read at or after everything written so far."""
     slots = rows.slots(leaf)
     size = min(slots, _MOVE_BLOCK)
@@ -243,8 +257,52 @@ def _shift_left(leaf: jax.Array, rows: Rows, shift: jax.Array, kept: jax.Array) 
         moved = rows.take(leaf, span(begin + shift, size))
         return rows.write_window(leaf, moved, begin, span(begin, size) >= low)
 
-    shifted: jax.Array = lax.fori_loop(0, turns, body, varying_as(leaf, shift, kept))
+    shifted: jax.Array = lax.fori_loop(0, turns, body, leaf)
     return shifted
+
+
+def _shift_alike(leaf: jax.Array, rows: Rows, shift: jax.Array, kept: jax.Array) -> jax.Array:
+    """The same with windows; one that would reach past the last slot is shifted within itself."""
+    slots = rows.slots(leaf)
+    size = min(slots, _MOVE_BLOCK)
+    turns = -(-jnp.where(shift > 0, kept, 0) // size)
+
+    def body(turn: jax.Array, leaf: jax.Array) -> jax.Array:
+        low = turn * size
+        begin = jnp.minimum(low, slots - size)
+        source = jnp.minimum(begin + shift, slots - size)
+        block = rows.read(leaf, source, size)
+        moved = Rows().read(jnp.concatenate([block, block], axis=2), begin + shift - source, size)
+        return rows.write_window(leaf, moved, begin, span(begin, size) >= low)
+
+    shifted: jax.Array = lax.fori_loop(0, turns, body, leaf)
+    return shifted
+
+
+def _shift_each(leaf: jax.Array, rows: Rows, shift: jax.Array, kept: jax.Array) -> jax.Array:
+    """Takes blocks that lie alike in all rows to where each row wants them, shift and kept being [B].
+
+    Where a row's first token stands inside a block, that is shifted within itself. What then follows
+    it lands in slots whose tokens have gone, and is overwritten by the next block or never seen.
+    """
+    slots = rows.slots(leaf)
+    size = min(slots, _MOVE_BLOCK)
+
+    def move(leaf: jax.Array, low: Any, size: int) -> jax.Array:
+        block = rows.read(leaf, low, size)
+        twice = jnp.concatenate([block, block], axis=2)
+        before = jnp.clip(shift - low, 0, size)
+        moved = Rows().write_rows(twice, block, size - before)[:, :, size:]
+        goes = (shift > 0) & (shift < low + size)
+        return rows.write_rows(leaf, moved, jnp.where(goes, jnp.maximum(low - shift, 0), slots))
+
+    stop = -(-jnp.max(jnp.where(shift > 0, shift + kept, 0)) // size)
+    whole, rest = divmod(slots, size)
+    turns = jnp.minimum(stop, whole)
+    leaf = lax.fori_loop(0, turns, lambda turn, leaf: move(leaf, turn * size, size), leaf)
+    if rest:
+        leaf = lax.fori_loop(whole, stop, lambda _, leaf: move(leaf, slots - rest, rest), leaf)
+    return leaf
 
 
 def _pull_at_once(leaf: jax.Array, rows: Rows, source: jax.Array, kept: jax.Array) -> jax.Array:

@@ -1,0 +1,57 @@
+"""Buffers: slots moved in place, by whichever way a platform takes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lucid_jax as lj
+from lucid_jax.cache import buffers
+from lucid_jax.cache.buffers import Rows
+from lucid_jax.cache.stacked import Stacked
+from tests.helpers import make
+
+WAYS = {
+    "others": jax.jit(buffers._shift_by_number),
+    "ragged on TPU": jax.jit(buffers._shift_each),
+    "aligned on TPU": jax.jit(
+        lambda leaf, rows, shift, kept: buffers._shift_alike(leaf, rows, shift[0], kept[0])
+    ),
+}
+
+
+@pytest.mark.parametrize("stacked", [False, True], ids=["layer", "stack"])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("slots", [3, 256, 520])
+def test_slots_move_down(slots, way, stacked):
+    """Of every row those that are kept, however far, also past the last whole block."""
+    leaf = np.arange(4 * 2 * slots).reshape(4, 2, slots).astype(np.float32)
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        shift = rng.integers(0, slots + 1, 4) if seed else np.array([slots - 1, 1, 0, slots // 2])
+        shift = np.full(4, shift[0]) if way == "aligned on TPU" else shift
+        kept = slots - shift if seed % 2 else rng.integers(0, slots - shift + 1)
+        kept = np.full(4, kept[0]) if way == "aligned on TPU" else kept
+        rows, given = Rows(), jnp.asarray(leaf)
+        if stacked:
+            rows, given = Stacked(jnp.int32(1)), jnp.stack([given + 9, given, given - 9])
+        moved = WAYS[way](given, rows, *(jnp.asarray(x, jnp.int32) for x in (shift, kept)))
+        own = rows.own(moved)
+        for b in range(4):
+            np.testing.assert_array_equal(
+                own[b, :, : kept[b]], leaf[b, :, shift[b] : shift[b] + kept[b]]
+            )
+        if stacked:
+            np.testing.assert_array_equal(moved[::2], given[::2])
+
+
+@pytest.mark.parametrize("stacked", [False, True], ids=["layers", "stacked"])
+@pytest.mark.parametrize("ragged", [False, True], ids=["aligned", "ragged"])
+def test_crop_gathers_no_slots_on_a_tpu(ragged, stacked):
+    """A gather of slots gives a leaf another layout there: it was copied whole, at each turn."""
+    state = make(lj.Static(600), batch=3, ragged=ragged, stacked=stacked)
+    crop = jax.jit(functools.partial(lj.crop, max_length=9))
+    text = crop.trace(state).lower(lowering_platforms=("tpu",)).as_text()
+    assert '"stablehlo.gather"' not in text
