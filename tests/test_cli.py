@@ -433,3 +433,24 @@ def test_bench_prints_a_table(capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "4.0x" in out
     assert "copying" in out
+
+
+def test_inspect_reports_on_decode_steps(folder, capsys):
+    """A chunk of a prompt and a token, for a cache that is described in words."""
+    arguments = ["--cache", "static", "--codec", "int8", "--batch", "2", "--length", "2048"]
+    assert cli.main(["inspect", "--checkpoint", str(folder), *arguments]) == 0
+    out = capsys.readouterr().out
+    assert "prompt on cpu" in out and "token on cpu" in out
+    assert len(re.findall(r"^ donated +[\d.]+ KiB$", out, re.M)) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--target", "abacus"], "a target is cpu, "),
+        (["--batch", "0"], "--batch must be at least 1, got 0"),
+    ],
+)
+def test_inspect_refuses_what_cannot_be(folder, capsys, arguments, message):
+    assert cli.main(["inspect", "--checkpoint", str(folder), *arguments]) == 2
+    assert message in capsys.readouterr().err

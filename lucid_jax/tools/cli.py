@@ -1,4 +1,4 @@
-"""The command line: `lucid-jax generate`, `chat`, `compare`, `eval` and `bench`.
+"""The command line: `lucid-jax generate`, `chat`, `compare`, `eval`, `inspect` and `bench`.
 
 Bad input ends in one line on stderr and exit code 2.
 """
@@ -20,13 +20,16 @@ from lucid_jax.tools.chat_command import chat_command
 from lucid_jax.tools.compare import compare_command
 from lucid_jax.tools.eval_command import eval_command
 from lucid_jax.tools.generate_command import generate_command
+from lucid_jax.tools.inspect_command import inspect_command
 from lucid_jax.tools.specs import CODECS, LAYOUTS
+from lucid_jax.tools.targets import TARGETS, MissingCompiler
 
 _COMMANDS = {
     "generate": generate_command,
     "chat": chat_command,
     "compare": compare_command,
     "eval": eval_command,
+    "inspect": inspect_command,
 }
 
 
@@ -48,6 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         commands.add_parser("compare", help="one prompt with several caches, side by side")
     )
     _add_eval(commands.add_parser("eval", help="bits per byte of text under a given cache"))
+    _add_inspect(
+        commands.add_parser("inspect", help="what a TPU's or GPU's compiler makes of decode steps")
+    )
     bench = commands.add_parser("bench", help="measure the cache on this machine")
     bench.add_argument("--json", action="store_true", help="print JSON instead of a table")
     bench.add_argument(
@@ -62,6 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         with contextlib.nullcontext() if options.no_compile_cache else program_store.opened():
             _COMMANDS[options.command](options)
             return 0
+    except MissingCompiler as error:
+        print(f"lucid-jax {options.command}: error: {error}", file=sys.stderr)
+        return 2
     except (ValueError, OSError, OverflowError, MemoryError, jax.errors.JaxRuntimeError) as error:
         message = " ".join(str(error).split())
         if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in message:
@@ -193,9 +202,26 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
     _add_model(parser)
 
 
+def _add_inspect(parser: argparse.ArgumentParser) -> None:
+    _add_cache(parser)
+    parser.add_argument(
+        "--target", default="cpu", metavar="TARGET",
+        help=f"{TARGETS}; it need not be there, but its compiler must; default: %(default)s",
+    )  # fmt: skip
+    parser.add_argument("--batch", type=int, default=1, metavar="N", help="rows; default: 1")
+    parser.add_argument(
+        "--length", type=int, metavar="N",
+        help="tokens that a row can hold; by default what the model was trained for",
+    )  # fmt: skip
+    _add_sampling(parser, max_new_tokens=120)
+    _add_model(parser)
+    parser.set_defaults(chat=False)
+
+
 def _check_numbers(options: argparse.Namespace) -> None:
     """Refuses counts that cannot be, before anything is loaded: positions are int32."""
     bounds = {"max_new_tokens": (1, 31), "capacity": (1, 31), "context": (1, 31), "bytes": (1, 63)}
+    bounds |= {"batch": (1, 31), "length": (1, 31)}
     for name, (least, bits) in (bounds | {"seed": (0, 63)}).items():
         value = getattr(options, name, None)
         if value is None or least <= value < 1 << bits:
