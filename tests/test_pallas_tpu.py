@@ -26,6 +26,8 @@ CODECS = {
     "simulated": lj.codecs.Simulated(lj.codecs.Int8()),
     "int8": lj.codecs.Int8(),
     "fp8": lj.codecs.Float8(rotate=True),
+    "int4": lj.codecs.Int4(),
+    "int4 in groups": lj.codecs.Int4(group=1, rotate=False),
 }
 DRAWN = np.random.default_rng(0)
 OPTIONS = {
@@ -178,7 +180,7 @@ def test_it_runs_elsewhere_only_if_interpreted():
 @pytest.mark.parametrize("spec, count, options, lacks", [
     (lj.Static(SLOTS), 1, {"rope_theta": 10.0}, "rotate keys"),
     (lj.Static(SLOTS), 65, {}, "at most 128 queries of a KV head, not 130"),
-    (lj.Static(SLOTS, lj.codecs.Int4()), 1, {}, "does not read Rotated"),
+    (lj.Static(SLOTS, lj.codecs.KIVI()), 1, {}, "does not read ChannelNibbles"),
     (lj.Static(100), 1, {}, "128 slots at a time"),
 ])  # fmt: skip
 def test_what_it_does_not_take_it_names(spec, count, options, lacks):

@@ -26,6 +26,7 @@ CODECS = {
     "bits": lj.codecs.Bits(),
     "int8": lj.codecs.Int8(),
     "fp8": lj.codecs.Float8(),
+    "int4": lj.codecs.Int4(),
 }
 SIZES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "u16": 2, "s16": 2}  # bytes a number; else 1
 
@@ -123,7 +124,7 @@ def test_widths_and_groups(target, codec, dim, group):
 
 @pytest.mark.parametrize(
     "target, stored, how",
-    _cases([("bf16", 64), ("bf16", 128), ("int8", 128), ("f32", 256)], OPTIONS),
+    _cases([("bf16", 64), ("bf16", 128), ("int8", 128), ("int4", 128), ("f32", 256)], OPTIONS),
     ids=str,
 )
 def test_shapes_and_options(target, stored, how):

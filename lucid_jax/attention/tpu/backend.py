@@ -116,26 +116,33 @@ class _Kernel:
         count = running.top.shape[2]
         slots = _slots_of_block(stored, slot_run.size, mask.num_kv_heads, self.backend.block_bytes)
         padded = -(-count // ROWS) * ROWS
+        arrays = {name: forms.arrays_of(form[name], x) for name, x in stored.items()}
+        lead = slot_run.buffer.lead
         plan = kernel.Plan(
             forms=tuple((name, form[name]) for name in stored),
             scored=tuple(rows),
             mixed=slot_run.mixed,
             on_lanes=frozenset(
-                name for name in stored if lies_on_lanes(_width(stored[name]), slot_run.size)
+                (name, part)
+                for name, each in arrays.items()
+                for part, x in each.items()
+                if x.ndim - lead == 4 and lies_on_lanes(x.shape[-1], slot_run.size)
             ),
+            rows=padded,
             heads=_heads_of_block(mask.num_kv_heads),
             slots=slots,
-            stacked=bool(slot_run.buffer.lead),
+            stacked=bool(lead),
             softcap=read.scores.softcap,
             interpret=self.backend.interpret,
         )
-        top, total, acc = kernel.softmax(
+        top, total, mixed = kernel.softmax(
             plan,
-            {name: _padded(forms.turned(form[name], x), padded) for name, x in rows.items()},
-            {name: forms.arrays_of(form[name], x) for name, x in stored.items()},
+            {name: forms.queries_of(form[name], _padded(x, padded)) for name, x in rows.items()},
+            arrays,
             self._added(read, count, padded, slots),
             _number(slot_run),
         )
+        acc = forms.value_of(form[slot_run.mixed], mixed)
         found = Running(top[:, :, :count], total[:, :, :count], acc[:, :, :count])
         return _joined(running, found)
 
@@ -194,12 +201,6 @@ def lies_on_lanes(width: int, slots: int) -> bool:
         return math.ceil(rows / ROWS) * math.ceil(lanes / LANES)
 
     return size(width, slots) < size(slots, width)
-
-
-def _width(stored: Any) -> int:
-    """Numbers of a token as they are stored."""
-    last: int = jax.tree.leaves(stored)[0].shape[-1]
-    return last
 
 
 def _heads_of_block(heads: int) -> int:

@@ -1,25 +1,24 @@
 """Products with one head's stored tokens inside the kernel, by how the tokens are stored.
 
-Shapes: rows (R, D), weights (R, S), a block of S tokens; `alive`, bool (1, S) or (R, S), are those that
-may be mixed. Numbers of tokens come (S, D) or, of widths that would leave lanes empty, (D, S).
+Shapes: rows (R, D), weights (R, S), a block of S tokens; `alive`, bool (1, S), are those that may be
+mixed. Numbers of tokens come (S, D) or, of widths that would leave lanes empty, (D, S).
 """
 
 from __future__ import annotations
-
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lucid_jax.cache.codecs import AsBits, Form, Raw, Rotated, Rounded, Scaled
+from lucid_jax.attention.tpu import nibbles
+from lucid_jax.attention.tpu.products import beside, dot
+from lucid_jax.cache.codecs import AsBits, Form, Nibbles, Raw, Rotated, Rounded, Scaled
 from lucid_jax.cache.codecs.base import Stored
 from lucid_jax.cache.codecs.numerics import doubled
 from lucid_jax.cache.codecs.rotation import hadamard
 
-Piece = dict[
-    str, jax.Array
-]  # of one head: numbers (S, D) or (D, S), and (1, S) what a token has one of
+# By name the arrays of a leaf: `numbers`, and what comes once a token or for some channels together.
+Piece = dict[str, jax.Array]
 
 
 def takes(form: Form) -> bool:
@@ -28,44 +27,69 @@ def takes(form: Form) -> bool:
         return takes(form.inner)
     if type(form) in (Raw, Rounded):
         return form.dtype in ("bfloat16", "float32")
-    return type(form) is Scaled or (type(form) is AsBits and form.dtype == "bfloat16")
+    known = type(form) in (Scaled, Nibbles)
+    return known or (type(form) is AsBits and form.dtype == "bfloat16")
 
 
-def turned(form: Form, rows: jax.Array) -> jax.Array:
-    """Queries (B, H, R, D), turned as the keys that they are scored with."""
-    if not isinstance(form, Rotated):
-        return rows
-    turn = jnp.asarray(hadamard(rows.shape[-1]), rows.dtype)
-    return jnp.einsum("bhrd,de->bhre", rows, turn, precision="highest")
+# --- outside of the kernel -------------------------------------------------------------------------
+
+
+def queries_of(form: Form, rows: jax.Array) -> Piece:
+    """Queries (B, H, R, D) as the kernel multiplies keys with them, arrays (B, H, ...)."""
+    if isinstance(form, Rotated):
+        turn = jnp.asarray(hadamard(rows.shape[-1]), rows.dtype)
+        turned = jnp.einsum("bhrd,de->bhre", rows, turn, precision="highest")
+        return queries_of(form.inner, turned)
+    return nibbles.queries_of(form, rows) if isinstance(form, Nibbles) else {"rows": rows}
 
 
 def arrays_of(form: Form, stored: Stored) -> Piece:
-    """What is stored, by name: `numbers` (..., S, D) and the rest (..., S)."""
+    """What is stored, by name: (..., S, width) or (..., S)."""
     if isinstance(form, Rotated):
         return arrays_of(form.inner, stored)
-    if isinstance(form, Scaled):
-        return {"numbers": stored["codes"], "scale": stored["scale"]}
-    return {"numbers": stored}
+    if not isinstance(form, (Scaled, Nibbles)):
+        return {"numbers": stored}
+    beside_codes = {name: x for name, x in stored.items() if name != "codes"}
+    if isinstance(form, Nibbles) and form.group == form.dim:  # an axis of 1 XLA lays elsewhere
+        beside_codes = {name: x[..., 0] for name, x in beside_codes.items()}
+    return {"numbers": stored["codes"], **beside_codes}
 
 
-def scores(form: Form, rows: jax.Array, piece: Piece, on_lanes: bool) -> jax.Array:
+def mixed_shape(form: Form, count: int) -> tuple[int, int]:
+    """The shape of what `mix` gives of `count` rows."""
+    return (2 * count, -(-form.dim // 2)) if isinstance(form, Nibbles) else (count, form.dim)
+
+
+def value_of(form: Form, mixed: jax.Array) -> jax.Array:
+    """Values (B, H, R, D) of what was mixed."""
+    return nibbles.value_of(form, mixed) if isinstance(form, Nibbles) else mixed
+
+
+# --- inside ----------------------------------------------------------------------------------------
+
+
+def scores(form: Form, queries: Piece, piece: Piece, on_lanes: bool) -> jax.Array:
     """Products of rows and keys, float32 (R, S); of dead tokens anything."""
     if isinstance(form, Rotated):
-        return scores(form.inner, rows, piece, on_lanes)
-    raw = _dot(rows, _numbers(form, piece), by_width=True, on_lanes=on_lanes)
+        return scores(form.inner, queries, piece, on_lanes)
+    if isinstance(form, Nibbles):
+        return nibbles.scores(form, queries, piece, on_lanes)
+    raw = dot(queries["rows"], _numbers(form, piece), by_width=True, on_lanes=on_lanes)
     return raw * piece["scale"] if isinstance(form, Scaled) else raw
 
 
 def mix(
     form: Form, weights: jax.Array, piece: Piece, alive: jax.Array, on_lanes: bool
 ) -> jax.Array:
-    """Weights times the values that are alive, float32 (R, D)."""
+    """Weights times the values that are alive, float32, shaped as `mixed_shape` says."""
+    if isinstance(form, Nibbles):
+        return nibbles.mix(form, weights, piece, alive, on_lanes)
     numbers = _numbers(form, piece)
     if isinstance(form, Scaled):  # its codes are finite, whatever a slot holds
         halves = weights * jnp.where(alive, piece["scale"] / 2, 0)
-        return doubled(_dot(halves, numbers, by_width=False, on_lanes=on_lanes), jnp.float32)
-    numbers = jnp.where(_beside(alive, numbers, on_lanes), numbers, jnp.zeros((), numbers.dtype))
-    return _dot(weights, numbers, by_width=False, on_lanes=on_lanes)
+        return doubled(dot(halves, numbers, by_width=False, on_lanes=on_lanes), jnp.float32)
+    numbers = jnp.where(beside(alive, numbers, on_lanes), numbers, jnp.zeros((), numbers.dtype))
+    return dot(weights, numbers, by_width=False, on_lanes=on_lanes)
 
 
 def _numbers(form: Form, piece: Piece) -> jax.Array:
@@ -79,35 +103,3 @@ def _numbers(form: Form, piece: Piece) -> jax.Array:
         return numbers.astype(jnp.float32).astype(jnp.bfloat16)
     wide = lax.bitcast_convert_type(numbers, jnp.dtype(form.code)).astype(jnp.float32)
     return jnp.where(jnp.isnan(wide), 0, wide).astype(jnp.bfloat16)
-
-
-def _beside(alive: jax.Array, numbers: jax.Array, on_lanes: bool) -> jax.Array:
-    """Which of the numbers are of tokens that are alive."""
-    if on_lanes:
-        return jnp.broadcast_to(alive, numbers.shape)
-    flags = jnp.where(alive, jnp.float32(1), jnp.float32(0))
-    return jnp.broadcast_to(flags, numbers.shape[::-1]).T > 0
-
-
-def _dot(x: jax.Array, numbers: jax.Array, *, by_width: bool, on_lanes: bool) -> jax.Array:
-    """Rows times numbers, over their width or their tokens, in float32.
-
-    Rows are few, and the matrix unit waits for the numbers: so rows go through in three parts of
-    bfloat16 each, and what is lost is that of float32.
-    """
-    dims = (((1,), (by_width ^ on_lanes,)), ((), ()))
-    dot = partial(lax.dot_general, dimension_numbers=dims, preferred_element_type=jnp.float32)
-    if numbers.dtype != jnp.bfloat16:
-        return dot(x, numbers, precision=lax.Precision.HIGHEST)
-    high, rest = _split(x)
-    mid, low = _split(rest)
-    parts = dot(jnp.concatenate([high, mid, low]).astype(jnp.bfloat16), numbers)
-    count = len(x)
-    return parts[:count] + (parts[count : 2 * count] + parts[2 * count :])
-
-
-def _split(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Float32 numbers as what bfloat16 holds of them, and the rest."""
-    bits = lax.bitcast_convert_type(x, jnp.int32) & jnp.int32(-65536)
-    high = lax.bitcast_convert_type(bits, jnp.float32)
-    return high, x - high

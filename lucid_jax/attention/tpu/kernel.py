@@ -29,7 +29,8 @@ class Plan:
         forms: how each leaf is stored, by name.
         scored: the leaves that are scored.
         mixed: the leaf that is mixed.
-        on_lanes: leaves whose tokens lie along the lanes.
+        on_lanes: arrays of leaves, by leaf and name, whose tokens lie along the lanes.
+        rows: R.
         heads: KV heads of a block.
         slots: slots of a block.
         stacked: whether leaves are of a stack.
@@ -40,7 +41,8 @@ class Plan:
     forms: tuple[tuple[str, Form], ...]
     scored: tuple[str, ...]
     mixed: str
-    on_lanes: frozenset[str]
+    on_lanes: frozenset[tuple[str, str]]
+    rows: int
     heads: int
     slots: int
     stacked: bool
@@ -69,7 +71,7 @@ def visits(seen: jax.Array, slots: int) -> Visits:
 @partial(jax.jit, static_argnums=0)
 def softmax(
     plan: Plan,
-    rows: dict[str, jax.Array],
+    queries: dict[str, forms.Piece],
     leaves: dict[str, forms.Piece],
     extra: jax.Array,
     number: jax.Array,
@@ -78,16 +80,16 @@ def softmax(
 
     Args:
         plan: static facts.
-        rows: float32 (B, H, R, D), scaled.
-        leaves: the arrays of each leaf, (B, H, S, D) and (B, H, S), before them the stack's axis.
+        queries: of each leaf that is scored, float32 (B, H, ...), scaled.
+        leaves: the arrays of each leaf, (B, H, S, width) or (B, H, S), before them the stack's axis.
         extra: float32 (B or 1, H or 1, R or 1, n * slots), what is added to scores; -inf hides.
         number: int32 [], which layer of a stack.
 
     Returns:
-        What `Running` holds: largest scores and sums of weights (B, H, R), values (B, H, R, Dv).
+        What `Running` holds, but values (B, H, ...) as they were mixed.
     """
-    batch, heads, count, _ = next(iter(rows.values())).shape
-    width = dict(plan.forms)[plan.mixed].dim
+    batch, heads = next(iter(queries.values()))["rows"].shape[:2]
+    mixed = forms.mixed_shape(dict(plan.forms)[plan.mixed], plan.rows)
     seen = jnp.any(~jnp.isneginf(extra), axis=(1, 2))
     counts, blocks = visits(seen, plan.slots)
     most = extra.shape[-1] // plan.slots
@@ -97,12 +99,12 @@ def softmax(
         row = b if by_row else 0
         return blocks[row * most + jnp.minimum(j, jnp.maximum(counts[row] - 1, 0))]
 
-    def of_leaf(name: str, array: jax.Array) -> tuple[jax.Array, pl.BlockSpec]:
+    def of_leaf(name: str, part: str, array: jax.Array) -> tuple[jax.Array, pl.BlockSpec]:
         shape: tuple[int, ...] = (1, plan.heads, plan.slots)
         where: list[int | None] = [0]  # the axis of slots
         if array.ndim - plan.stacked == 4:
             shape, where = (*shape, array.shape[-1]), [0, None]
-            if name in plan.on_lanes:
+            if (name, part) in plan.on_lanes:
                 array = jnp.swapaxes(array, -1, -2)
                 shape, where = (*shape[:2], shape[3], shape[2]), [None, 0]
 
@@ -116,13 +118,14 @@ def softmax(
 
     arrays, specs = [], []
     for name, pieces in leaves.items():
-        for array in pieces.values():
-            array, spec = of_leaf(name, array)
+        for part, array in pieces.items():
+            array, spec = of_leaf(name, part, array)
             arrays.append(array)
             specs.append(spec)
-    of_queries = [
-        pl.BlockSpec((1, plan.heads, *rows[name].shape[2:]), lambda b, h, j, *_: (b, h, 0, 0))
-        for name in plan.scored
+    asked = [(name, part) for name in plan.scored for part in queries[name]]
+    rows = [queries[name][part] for name, part in asked]
+    of_rows = [
+        pl.BlockSpec((1, plan.heads, *x.shape[2:]), lambda b, h, j, *_: (b, h, 0, 0)) for x in rows
     ]
     of_extra = pl.BlockSpec(
         (1, plan.heads if by_head else 1, extra.shape[2], plan.slots),
@@ -134,25 +137,24 @@ def softmax(
         ),
     )
 
-    def out(last: int) -> tuple[jax.ShapeDtypeStruct, pl.BlockSpec]:
-        like = jax.typeof(next(iter(rows.values())))
-        shape = (batch, heads, count, last)
+    def out(shape: tuple[int, ...]) -> tuple[jax.ShapeDtypeStruct, pl.BlockSpec]:
+        whole, varying = (batch, heads, *shape), jax.typeof(rows[0]).mat
         return (
-            jax.ShapeDtypeStruct(shape, jnp.float32, manual_axis_type=like.mat),
-            pl.BlockSpec((1, plan.heads, count, last), lambda b, h, j, *_: (b, h, 0, 0)),
+            jax.ShapeDtypeStruct(whole, jnp.float32, manual_axis_type=varying),
+            pl.BlockSpec((1, plan.heads, *shape), lambda b, h, j, *_: (b, h, 0, 0)),
         )
 
-    outs = [out(width), out(LANES)]
+    outs = [out(mixed), out((plan.rows, LANES))]
     names = [(name, part) for name, pieces in leaves.items() for part in pieces]
     acc, stats = pl.pallas_call(
-        _Body(plan, tuple(names)),
+        _Body(plan, tuple(asked), tuple(names)),
         out_shape=[shape for shape, _ in outs],
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(batch, heads // plan.heads, jnp.maximum(jnp.max(counts), 1)),
-            in_specs=[*of_queries, of_extra, *specs],
+            in_specs=[*of_rows, of_extra, *specs],
             out_specs=[spec for _, spec in outs],
-            scratch_shapes=[pltpu.VMEM((plan.heads, count, LANES), jnp.float32)] * 2,
+            scratch_shapes=[pltpu.VMEM((plan.heads, plan.rows, LANES), jnp.float32)] * 2,
         ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary")
@@ -163,7 +165,7 @@ def softmax(
         number.reshape(1),
         jnp.broadcast_to(counts, (batch if by_row else 1,)),
         blocks,
-        *(rows[name] for name in plan.scored),
+        *rows,
         extra,
         *arrays,
     )
@@ -175,12 +177,13 @@ class _Body:
     """The program of one block of one row and a few KV heads."""
 
     plan: Plan
-    names: tuple[tuple[str, str], ...]  # of the arrays of leaves, in order
+    asked: tuple[tuple[str, str], ...]  # leaf and name of the arrays of queries, in order
+    names: tuple[tuple[str, str], ...]  # of those of leaves
 
     def __call__(self, number: Any, counts: Any, blocks: Any, *refs: Any) -> None:
         """Goes on with the softmax of a row; grid (B, H / heads, blocks)."""
         plan = self.plan
-        queries, refs = refs[: len(plan.scored)], refs[len(plan.scored) :]
+        queries, refs = refs[: len(self.asked)], refs[len(self.asked) :]
         extra, *arrays = refs[: 1 + len(self.names)]
         acc, stats, top, total = refs[1 + len(self.names) :]
         row, turn = pl.program_id(0), pl.program_id(2)
@@ -207,16 +210,19 @@ class _Body:
     ) -> None:
         plan = self.plan
         form = dict(plan.forms)
+        asked: dict[str, forms.Piece] = {}
         pieces: dict[str, forms.Piece] = {}
+        for (name, part), ref in zip(self.asked, queries, strict=True):
+            asked.setdefault(name, {})[part] = ref[0, head]
         for (name, part), ref in zip(self.names, arrays, strict=True):
-            whole = part == "numbers"
-            pieces.setdefault(name, {})[part] = ref[0, head] if whole else ref[0, head : head + 1]
+            by_width = len(ref.shape) == 4
+            pieces.setdefault(name, {})[part] = ref[0, head if by_width else pl.ds(head, 1)]
         added = extra[0, head if extra.shape[1] > 1 else 0]
         hidden = added == -jnp.inf
         score: Any = 0.0
-        for name, query in zip(plan.scored, queries, strict=True):
-            one = forms.scores(form[name], query[0, head], pieces[name], name in plan.on_lanes)
-            score = score + one
+        for name in plan.scored:
+            on_lanes = (name, "numbers") in plan.on_lanes
+            score = score + forms.scores(form[name], asked[name], pieces[name], on_lanes)
         if plan.softcap is not None:
             score = plan.softcap * jnp.tanh(score / plan.softcap)
         score = jnp.where(hidden, -jnp.inf, score + added)
@@ -229,7 +235,7 @@ class _Body:
         top[head] = now
         total[head] = total[head] * decay + jnp.sum(weights, axis=1, keepdims=True)
         alive = jnp.max(jnp.where(hidden, 0.0, 1.0), axis=0, keepdims=True) > 0
-        mixed = forms.mix(
-            form[plan.mixed], weights, pieces[plan.mixed], alive, plan.mixed in plan.on_lanes
-        )
-        acc[0, head] = acc[0, head] * decay[:, :1] + mixed
+        on_lanes = (plan.mixed, "numbers") in plan.on_lanes
+        mixed = forms.mix(form[plan.mixed], weights, pieces[plan.mixed], alive, on_lanes)
+        each = jnp.concatenate([decay[:, :1]] * (len(mixed) // plan.rows))
+        acc[0, head] = acc[0, head] * each + mixed
