@@ -132,6 +132,19 @@ def test_a_chunk_that_a_ring_must_read_first_is_a_run_of_its_own():
     agree(got, expected)
 
 
+@pytest.mark.parametrize("codec", ["identity", "int8"])
+def test_leaves_of_ones_own_are_scored_and_mixed(codec):
+    """Latent attention: one leaf is scored and mixed, another scored only."""
+    widths = {"latent": 8, "rope": 4}
+    state = lj.init_cache(
+        lj.Static(SLOTS, CODECS[codec]), num_layers=1, batch_size=B, num_kv_heads=1, head_dim=widths
+    )
+    new = {name: tokens(3, B, 250, 1, dim)[0] for name, dim in widths.items()}
+    state = lj.update_leaves(state, new, 0)
+    query = {name: queries(3, B, 1, 4, dim) for name, dim in widths.items()}
+    agree(*both(state, query, scale=0.3))
+
+
 def test_values_that_are_not_finite_reach_who_sees_them():
     """And no other query of the call."""
     state = stored(lj.Static(SLOTS))

@@ -35,7 +35,7 @@ LANES = 128  # numbers side by side in a register of a TPU
 ROWS = 8  # registers are so many rows of them
 BLOCK_BYTES = 1 << 20  # of one leaf: half of that or less leaves the memory waiting between blocks
 MOST_BYTES = 1 << 21  # of one leaf: two leaves, each twice, lie beside all else in 16 MiB
-MOST_SLOTS = 2048  # of a block: a row reads up to one more than it needs
+MOST_SLOTS = 1024  # of a block: a row reads up to one more than it needs, and a window two
 MOST_ROWS = 128  # queries of a KV head; of more the scores of a block are large
 MOST_BLOCKS = 1 << 16  # of all rows: their numbers lie in scalar memory
 

@@ -1,0 +1,92 @@
+"""Bytes that the kernel for TPUs moves, against those that a step needs; nothing is timed or run.
+
+    python tests/benchmarks/pallas_tpu_traffic.py
+
+Moved: the blocks it visits, of every leaf, what is added to scores (written and read), queries and
+results, as the kernel lays them out. Needed: the tokens that some query sees, queries and results.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import lucid_jax as lj
+from lucid_jax.attention.tpu import kernel
+from lucid_jax.attention.tpu.backend import PallasTPU
+
+CODECS = {"bf16": lj.codecs.Identity(), "int8": lj.codecs.Int8(), "int4": lj.codecs.Int4()}
+RAGGED = [8000, 7000, 5000, 4000, 2000, 1000, 500, 100]
+CASES = (  # rows, heads, group, queries, spec, lengths, options
+    ("full", 8, 8, 4, 1, lj.Static(8192), 8192, {}),
+    ("half full", 8, 8, 4, 1, lj.Static(8192), 4096, {}),
+    ("100 to 8000 tokens", 8, 8, 4, 1, lj.Static(8192), RAGGED, {}),
+    ("window of 1024", 8, 8, 4, 1, lj.Static(8192), 8000, {"window": 1024}),
+    ("ring of 4096, 4 sinks", 8, 8, 4, 1, lj.Sliding(4096, sinks=4), 8000, {}),
+    ("8 queries", 8, 8, 4, 8, lj.Static(8192), 8000, {}),
+    ("one row and head", 1, 1, 8, 1, lj.Static(32768), 32000, {}),
+)
+
+
+def traffic(rows, heads, group, count, spec, lengths, options) -> tuple[int, int]:
+    """Bytes moved and needed by `attend` of one layer."""
+    ragged = not isinstance(lengths, int)
+
+    def fill():
+        state = lj.init_cache(
+            spec, num_layers=1, batch_size=rows, num_kv_heads=heads, head_dim=128,
+            dtype=jnp.bfloat16, ragged=ragged,
+        )  # fmt: skip
+        (layer,) = state.layers
+        at = jnp.asarray(lengths, jnp.int32)
+        return state.with_layers([layer.replace(position=at, reach=at)])
+
+    found = {}
+
+    def count_bytes(plan, queries, leaves, extra, number):
+        visited = kernel.visits(jnp.any(~jnp.isneginf(extra), axis=(1, 2)), plan.slots).counts
+        seen = jnp.sum(jnp.any(~jnp.isneginf(extra), axis=(1, 2)), axis=-1)
+        every = rows if len(visited) == 1 else 1
+        arrays = [x for each in leaves.values() for x in each.values()]
+        slots = arrays[0].shape[2]
+        token = sum(x.size * x.dtype.itemsize for x in arrays) // (rows * slots)
+        asked = sum(x.size * 4 for each in queries.values() for x in each.values())
+        results = rows * heads * plan.rows * (128 + kernel.LANES) * 4
+        least = rows * heads * group * count * 128 * 2 * 2
+        found["moved"] = (
+            int(visited.sum()) * every * plan.slots * token + 2 * extra.size * 4 + asked + results
+        )
+        found["needed"] = int(seen.sum()) * every * token + least
+        top = jnp.zeros((rows, heads, plan.rows))
+        return top, top + 1, jnp.zeros((rows, heads, *mixed(plan)))
+
+    def mixed(plan):
+        return kernel.forms.mixed_shape(dict(plan.forms)[plan.mixed], plan.rows)
+
+    own, kernel.softmax = kernel.softmax, count_bytes
+    try:
+        query = jnp.zeros((rows, heads * group, count, 128), jnp.bfloat16)
+        with jax.disable_jit():
+            lj.attend(fill(), query, 0, implementation="counted", **options)
+    finally:
+        kernel.softmax = own
+    return found["moved"], found["needed"]
+
+
+def main() -> None:
+    """Prints the table."""
+    lj.attention.register("counted", PallasTPU(interpret=True))
+    print("| case | codec | MB moved | MB needed | ratio |\n|---|---|---:|---:|---:|")
+    for name, rows, heads, group, count, spec, lengths, options in CASES:
+        for codec, kind in CODECS.items():
+            moved, needed = traffic(
+                rows, heads, group, count, spec.but(codec=kind), lengths, options
+            )
+            shape = f"B={rows} H={heads} G={group}"
+            print(
+                f"| {shape}, {name} | {codec} | {np.round(moved / 1e6, 2)} | "
+                f"{np.round(needed / 1e6, 2)} | {moved / needed:.2f} |"
+            )
+
+
+if __name__ == "__main__":
+    main()
