@@ -164,6 +164,7 @@ def _as_on_a_tpu() -> Iterator[None]:
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no TPU is used, so that other processes may have it
     }
     set_here = [key for key in answers if key not in os.environ]
     os.environ.update({key: answers[key] for key in set_here})

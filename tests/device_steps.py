@@ -1,0 +1,341 @@
+"""Decode steps for the compilers of TPUs and GPUs: verbs on caches of every kind, and decoders' loops.
+
+All of them are of shapes: nothing is allocated. Which are not in place, and why, says `KNOWN`.
+"""
+
+import dataclasses
+import itertools
+import random
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+import lucid_jax as lj
+from lucid_jax.decode.beam import as_rules
+from lucid_jax.decode.beam_loop import PrefilledPrompts, SearchSetup, search_from
+from lucid_jax.decode.drafts import ModelDrafter, Text
+from lucid_jax.decode.language_model import split
+from lucid_jax.decode.options import DecodeOptions
+from lucid_jax.decode.sampling import Sampling
+from lucid_jax.decode.speculation_loop import SpeculationSetup, decode_rounds, start_rounds
+from lucid_jax.decode.token_loop import LoopSetup, decode_tokens, start_loop
+from lucid_jax.models import ModelConfig, Transformer
+from lucid_jax.tools import inspect
+
+ROWS, HEADS, GROUP, DIM = 8, 8, 4, 128
+STACK = 2  # layers of a stacked state
+CODECS = {
+    "plain": lj.codecs.Identity(),
+    "int8": lj.codecs.Int8(),
+    "fp8": lj.codecs.Float8(),
+    "int4": lj.codecs.Int4(),
+    "kivi": lj.codecs.KIVI(),
+}
+
+
+# Whole leaves are then larger than a TPU's fast memory, where a smaller one may be kept for a while.
+SLOTS = 16384
+
+
+LAYOUTS = {
+    "static": lj.Static,
+    "sliding": lambda slots, codec: lj.Sliding(slots - 64, sinks=4, slack=60, codec=codec),
+    "chunked": lambda slots, codec: lj.Chunked(slots - 64, slack=64, codec=codec),
+}
+
+
+def _update(state, count, layer, *, at=None, **tokens):
+    return lj.update(state, tokens["key"], tokens["value"], layer, at, **_counts(state, count))
+
+
+def _counts(state, count):
+    return {"lengths": jnp.full(ROWS, count, jnp.int32)} if state.ragged else {}
+
+
+def _extend(state, count, layer, *, query, key, value):
+    out, state = lj.extend(state, query, key, value, layer, **_counts(state, count))
+    return state, out
+
+
+# Per layer: state, count, layer, tokens of that count -> state, or state and something.
+BY_LAYER = {
+    "update": (1, _update),
+    "update of 8": (8, _update),
+    "write at": (2, lambda state, n, layer, **x: _update(state, n, layer, at=_newest(state), **x)),
+    "decode": (1, _extend),
+    "extend of 8": (8, _extend),
+}
+OF_ALL = {
+    "crop": lambda state: lj.crop(state, 1000),
+    "rollback": lambda state: lj.rollback(state, 3),
+    "reset": lj.reset,
+    "select": lambda state: lj.select(state, jnp.arange(ROWS)[::-1] // 2),
+    "reorder since": lambda state: lj.reorder(
+        state, jnp.arange(ROWS)[::-1] // 2, since=lj.seq_length(state).max() // 2
+    ),
+}
+
+
+def _newest(state):
+    return lj.seq_length(state).max() - jnp.arange(1, 3, dtype=jnp.int32)[::-1]
+
+
+class Case(NamedTuple):
+    """One step: what is done, to what, for which target."""
+
+    verb: str
+    layout: str
+    codec: str
+    rows: str
+    dtype: str
+    target: str
+
+    def __str__(self):
+        return "-".join(self).replace(" ", "_").replace(":", "_")
+
+
+FACTORS = Case(
+    (*BY_LAYER, *OF_ALL),
+    tuple(LAYOUTS),
+    tuple(CODECS),
+    ("aligned", "ragged", "stacked", "stacked ragged"),
+    ("bfloat16", "float32"),
+    ("tpu:v5e", "tpu:v6e", "tpu:v5p", "gpu:h100"),
+)
+# KIVI's tokens are quantized in groups, so none can be written over.
+CASES = [
+    case
+    for case in itertools.starmap(Case, itertools.product(*FACTORS))
+    if (case.verb, case.codec) != ("write at", "kivi")
+]
+
+
+def inspected(case):
+    """What the case's compiler makes of it."""
+    stacked, ragged = "stacked" in case.rows, "ragged" in case.rows
+    dtype = jnp.dtype(case.dtype)
+    state = jax.eval_shape(
+        lambda: lj.init_cache(
+            LAYOUTS[case.layout](SLOTS, codec=CODECS[case.codec]),
+            num_layers=STACK if stacked else 1,
+            batch_size=ROWS,
+            num_kv_heads=HEADS,
+            head_dim=DIM,
+            dtype=dtype,
+            ragged=ragged,
+            stacked=stacked,
+        )
+    )
+    leaves = jax.tree.leaves(state.layers[0].leaves)
+    large = max(leaf.size * leaf.dtype.itemsize for leaf in leaves) // (STACK if stacked else 1)
+    options = {"donate": 0, "target": case.target, "large": large // 2}
+    if case.verb in OF_ALL:
+        return inspect(OF_ALL[case.verb], state, **options)
+    count, run = BY_LAYER[case.verb]
+    tokens = {
+        name: jax.ShapeDtypeStruct((ROWS, heads, count, DIM), dtype)
+        for name, heads in (("query", HEADS * GROUP), ("key", HEADS), ("value", HEADS))
+        if name != "query" or run is _extend
+    }
+
+    def step(state, tokens):
+        def of_layer(state, layer):
+            done = run(state, count, layer, **tokens)
+            return done if isinstance(done, tuple) else (done, None)
+
+        return jax.lax.scan(of_layer, state, jnp.arange(STACK)) if stacked else of_layer(state, 0)
+
+    return inspect(step, state, tokens, **options)
+
+
+def faults(report):
+    """Why a step is not in place; here whatever is rewritten counts, not the cache alone."""
+    found = [fault for fault in report.faults() if "temporaries" in fault or "donated" in fault]
+    return found + [f"{event.kind} of {event.shape}" for event in report.rewritten]
+
+
+def cover(seed=0):
+    """Few cases in which every value of a factor meets every one of each other factor."""
+    rng = random.Random(seed)
+
+    def pairs(case):
+        return tuple(itertools.combinations(enumerate(case), 2))
+
+    possible = set(CASES)
+    missing = dict.fromkeys(pair for case in CASES for pair in pairs(case))
+    cases = []
+    while missing:
+        wanted = dict(next(iter(missing)))
+        found = []
+        for _ in range(60):
+            values = (wanted.get(i, rng.choice(values)) for i, values in enumerate(FACTORS))
+            found.append(Case(*values))
+        found = [case for case in found if case in possible]
+        best = max(found, key=lambda case: sum(pair in missing for pair in pairs(case)))
+        cases.append(best)
+        for pair in pairs(best):
+            missing.pop(pair, None)
+    return cases
+
+
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """Steps that are not in place, and why."""
+
+    reason: str
+    verbs: tuple[str, ...] = FACTORS.verb
+    layouts: tuple[str, ...] = FACTORS.layout
+    codecs: tuple[str, ...] = FACTORS.codec
+    rows: tuple[str, ...] = FACTORS.rows
+    dtypes: tuple[str, ...] = FACTORS.dtype
+    targets: tuple[str, ...] = FACTORS.target
+
+    def holds(self, case):
+        """Whether a case is one of them."""
+        fields = dataclasses.astuple(self)[1:]
+        return all(value in field for value, field in zip(case, fields, strict=True))
+
+
+TPUS = FACTORS.target[:3]
+GPU = FACTORS.target[3:]
+KNOWN = (
+    Known(
+        "a ragged append to stacked layers is a scatter, for which the stack is copied; to be mended",
+        verbs=tuple(BY_LAYER),
+        rows=("stacked ragged",),
+        targets=TPUS,
+    ),
+    Known(
+        "codes of less than 128 bytes a token are laid out anew, whole; to be mended",
+        codecs=("int4", "kivi"),
+        targets=TPUS,
+    ),
+    Known(
+        "a chunk is scattered into a ring, for which its leaves are laid out anew; to be mended",
+        verbs=("extend of 8",),
+        layouts=("sliding", "chunked"),
+        targets=TPUS,
+    ),
+    Known(
+        "a scatter by position lays narrow leaves out anew; to be mended",
+        verbs=("write at",),
+        codecs=("int8", "fp8"),
+        targets=TPUS,
+    ),
+    Known(
+        "float32 scores of all slots are more than a sixteenth of a narrow cache",
+        verbs=("decode", "extend of 8"),
+        codecs=("int8", "fp8", "int4", "kivi"),
+        targets=GPU,
+    ),
+)
+
+
+def known(case):
+    """Why a case is not in place, as far as is known."""
+    return next((one.reason for one in KNOWN if one.holds(case)), None)
+
+
+# Loops of the decoders, of a model of two layers.
+_PROMPTS = 4
+
+
+def _model(scan_layers=False):
+    config = ModelConfig(
+        vocab_size=512,
+        hidden_size=256,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=HEADS * GROUP,
+        num_key_value_heads=HEADS,
+        head_dim=DIM,
+    )
+    return nnx.eval_shape(
+        lambda: Transformer(config, dtype=jnp.bfloat16, scan_layers=scan_layers, rngs=nnx.Rngs(0))
+    )
+
+
+def _loop(sampling, target, codec, scan_layers=False):
+    model = _model(scan_layers)
+    structure, params = split(model)
+    setup = LoopSetup(structure, sampling, (2,))
+    loop = jax.eval_shape(
+        lambda params, cache, hidden: start_loop(
+            setup, params, cache, hidden, None, jax.random.key(0), 64
+        ),
+        params,
+        _cache(model, codec),
+        jax.ShapeDtypeStruct((_PROMPTS, 256), jnp.bfloat16),
+    )
+    limit = jax.ShapeDtypeStruct((), jnp.int32)
+    return inspect(
+        lambda params, loop, limit: decode_tokens(setup, params, loop, limit),
+        params, loop, limit, donate=1, target=target, large=_large(loop.cache),
+    )  # fmt: skip
+
+
+def _cache(model, codec, rows=_PROMPTS):
+    spec = lj.Static(SLOTS, CODECS[codec])
+    return jax.eval_shape(lambda: model.init_cache(spec, rows, ragged=True))
+
+
+def _large(cache):
+    layer = cache.layers[0]
+    leaves = [leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(layer.leaves)]
+    return max(leaves) // (2 * (len(layer.position) if layer.stacked else 1))
+
+
+def _beams(history, target, codec):
+    model, width = _model(), 4
+    structure, params = split(model)
+    setup = SearchSetup(structure, width, history)
+    cache = _cache(model, codec, _PROMPTS if history == "tree" else _PROMPTS * width)
+    prompts = PrefilledPrompts(
+        jax.ShapeDtypeStruct((_PROMPTS, 256), jnp.bfloat16),
+        jax.ShapeDtypeStruct((_PROMPTS,), jnp.int32),
+        None,
+    )
+    rules = as_rules(DecodeOptions.of(max_new_tokens=64), 1.0, False, 512)
+    return inspect(
+        lambda params, cache, prompts, rules: search_from(setup, params, cache, prompts, rules),
+        params, cache, prompts, rules, donate=1, target=target, large=_large(cache),
+    )  # fmt: skip
+
+
+def _drafts(target, codec):
+    model = _model()
+    structure, params = split(model)
+    setup = SpeculationSetup(structure, ModelDrafter(structure, 4), Sampling(), (2,))
+    caches = (_cache(model, codec), _cache(model, codec))
+    rows = jax.ShapeDtypeStruct((_PROMPTS,), jnp.int32)
+    text = Text(jax.ShapeDtypeStruct((_PROMPTS, 512), jnp.int32), rows, rows, None)
+    loop = jax.eval_shape(
+        lambda params, caches, text, hidden: start_rounds(
+            setup, params, caches, text, hidden, jax.random.key(0)
+        ),
+        params,
+        caches,
+        text,
+        jax.ShapeDtypeStruct((_PROMPTS, 256), jnp.bfloat16),
+    )
+    return inspect(
+        lambda params, loop, stop: decode_rounds(setup, (params, params), loop, stop),
+        params, loop, np.int32(100), donate=1, target=target, large=_large(loop.cache),
+    )  # fmt: skip
+
+
+LOOPS = {
+    "greedy": lambda *to: _loop(Sampling(), *to),
+    "sampled": lambda *to: _loop(Sampling(temperature=0.7, top_k=40, top_p=0.9), *to),
+    "scan over layers": lambda *to: _loop(Sampling(), *to, scan_layers=True),
+    "tree of beams": lambda *to: _beams("tree", *to),
+    "reordered beams": lambda *to: _beams("reorder", *to),
+    "drafts": _drafts,
+}
+KNOWN_LOOPS = {
+    ("scan over layers", "tpu:v5e"): KNOWN[0].reason,
+    ("tree of beams", "gpu:h100"): "float32 scores of all slots, of four beams to a row",
+}

@@ -1,0 +1,95 @@
+"""What the compilers of TPUs and GPUs make of every kind of step; neither device need be there.
+
+Their wheels are in .ci/compilers; where they are not installed, tests skip and say which. CI, which has
+them, sets LUCID_JAX_TEST_COMPILERS=required, and there a missing one fails.
+"""
+
+import os
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from lucid_jax.tools import inspect, targets
+from tests.device_steps import (
+    CASES,
+    FACTORS,
+    KNOWN,
+    KNOWN_LOOPS,
+    LOOPS,
+    cover,
+    faults,
+    inspected,
+    known,
+)
+
+MISSING = {name: targets.wheels(name) for name in FACTORS.target}
+WHEELS = "; ".join(sorted({*filter(None, MISSING.values())}))
+REQUIRED = os.environ.get("LUCID_JAX_TEST_COMPILERS") == "required"
+pytestmark = pytest.mark.skipif(
+    not REQUIRED and any(MISSING.values()),
+    reason=f"the compilers of TPUs and GPUs come by: {WHEELS}",
+)
+LOOP_TARGETS = ("tpu:v5e", "gpu:h100")
+
+
+@pytest.mark.whole
+def test_all_compilers_are_installed():
+    assert not any(MISSING.values()), MISSING
+
+
+@pytest.mark.parametrize("case", cover(), ids=str)
+def test_a_step_is_in_place(case):
+    report = inspected(case)
+    reason = known(case)
+    if reason is None:
+        assert not faults(report), report
+        assert report.aliased >= report.donated
+    elif faults(report):
+        pytest.xfail(reason)
+
+
+@pytest.mark.parametrize("target", LOOP_TARGETS)
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_decoders_loop_is_in_place(loop, target):
+    """Of the cache: other large arrays are a model's weights."""
+    report = LOOPS[loop](target, "plain")
+    reason = KNOWN_LOOPS.get((loop, target))
+    if reason is None:
+        assert not report.faults(), report
+    elif report.faults():
+        pytest.xfail(reason)
+
+
+def test_the_cover_is_of_all_pairs():
+    pairs = {(i, j, case[i], case[j]) for case in CASES for i in range(len(case)) for j in range(i)}
+    covered = {
+        (i, j, case[i], case[j]) for case in cover() for i in range(len(case)) for j in range(i)
+    }
+    assert pairs == covered
+    assert len(cover()) < 70
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("target", FACTORS.target)
+def test_what_is_not_in_place_is_found(target):
+    """Negative controls: a cache that is shifted, one that is read to be written, one not donated."""
+    cache = jax.ShapeDtypeStruct((8, 8, 16384, 128), jnp.bfloat16)
+    new = jax.ShapeDtypeStruct((8, 8, 1, 128), jnp.bfloat16)
+
+    def shift(cache, new):
+        return jnp.concatenate([cache, new], axis=2)[:, :, 1:]
+
+    def write(cache, new):
+        return jax.lax.dynamic_update_slice(cache, new, (0, 0, 7, 0))
+
+    def masked(cache, new):
+        return jnp.where(jnp.arange(16384)[:, None] == 7, new, cache)
+
+    assert not faults(inspect(write, cache, new, donate=0, target=target))
+    for step, donate in ((shift, 0), (masked, 0), (write, ())):
+        assert faults(inspect(step, cache, new, donate=donate, target=target))
+
+
+def test_what_is_known_names_cases_that_exist():
+    assert all(any(map(one.holds, CASES)) for one in KNOWN)
