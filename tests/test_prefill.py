@@ -106,6 +106,21 @@ def test_a_prompt_of_many_chunks_is_one_program(model):
     assert together._prefill._cache_size() == before + 1
 
 
+def test_a_cache_that_rows_are_put_into_is_made_once(model, prompts, monkeypatch):
+    """Zeros for the prompts, then more of them for the new tokens, would be touched twice."""
+    made = []
+
+    def spy(state, slots):
+        made.append(lj.capacity(state))
+        return real(state, slots)
+
+    real = apart.with_slots
+    monkeypatch.setattr(apart, "with_slots", spy)
+    result = lj.generate(model, prompts, max_new_tokens=500)
+    assert made == [lj.capacity(result.cache)] == [2048]
+    assert result.lengths.tolist() == [500] * len(prompts)
+
+
 def test_narrow_floats_are_fed_one_by_one_too(prompts):
     """On CPU they are stored as bits."""
     model = Transformer(ModelConfig(**SIZES), dtype=jnp.bfloat16, rngs=nnx.Rngs(0))

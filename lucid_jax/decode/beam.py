@@ -32,7 +32,7 @@ from lucid_jax.decode.beam_loop import (
 from lucid_jax.decode.language_model import LanguageModel, split
 from lucid_jax.decode.options import DecodeOptions
 from lucid_jax.decode.prefill import open_cache, sized
-from lucid_jax.decode.prefill_apart import prefill_prompts
+from lucid_jax.decode.prefill_apart import better_apart, prefill_prompts
 from lucid_jax.decode.prompts import Prompts, pad_prompts, seen_tokens
 from lucid_jax.decode.sampling import Sampling
 from lucid_jax.decode.storage import empty_cache
@@ -194,7 +194,8 @@ def prefilled(
     """What `search_from` takes, but for the rules: the prompts fed once each."""
     tokens, lengths = pad_prompts(prompts, model.config.vocab_size)
     batch, longest = tokens.shape
-    state, room, history = _open_cache(model, options, batch, longest, width, history)
+    whole = better_apart(lengths, options.prefill_chunk)
+    state, room, history = _open_cache(model, options, batch, longest, width, history, whole)
     structure, params = split(model)
     last, state = prefill_prompts(
         structure, params, state, tokens, lengths, options.prefill_chunk, room
@@ -213,6 +214,7 @@ def _open_cache(
     longest: int,
     width: int,
     history: History | None,
+    whole: bool = False,
 ) -> tuple[CacheState, int, History]:
     """What `open_cache` gives, with room for all beams' tokens, and how they will use it."""
     if history not in (None, "tree", "reorder", "gather"):
@@ -225,7 +227,7 @@ def _open_cache(
             raise ValueError(f"a tree of beams cannot be kept: {obstacle}; use history='reorder'")
         history = "tree" if obstacle is None else "reorder"
     spare = branches if history == "tree" else 0
-    state, room = open_cache(model, options, batch, longest, spare=spare)
+    state, room = open_cache(model, options, batch, longest, spare=spare, whole=whole)
     if options.cache is not None:
         state = verbs.grow(state, longest + new - 1 + spare)
     return state, room, history

@@ -69,6 +69,7 @@ def open_cache(
     *,
     spare: int = 0,
     slack: int = 0,
+    whole: bool = False,
 ) -> tuple[CacheState, int]:
     """An empty ragged cache for prompts of up to `longest` tokens and the new ones.
 
@@ -80,6 +81,7 @@ def open_cache(
         longest: tokens of the longest prompt.
         spare: slots needed beyond those, as by the branches of a tree of drafts.
         slack: tokens that may be taken back, which the model's own windows then leave room for.
+        whole: whether it is to have room for the new tokens at once.
 
     Returns:
         The cache, and the capacity that its static layers must have for the new tokens. By default
@@ -99,9 +101,8 @@ def open_cache(
     # Asked for in any case: it refuses what the model cannot read.
     own = model.cache_spec(need - spare, slack=slack)
     if cache is None:
-        state = empty_cache(
-            model, sized(own, room_for(longest)), batch_size, sharding=options.sharding
-        )
+        room = room_for(need if whole else longest)
+        state = empty_cache(model, sized(own, room), batch_size, sharding=options.sharding)
         _check_room(state, room_for(need))
         return state, room_for(need)
     state = empty_cache(model, cache, batch_size, sharding=options.sharding)

@@ -27,7 +27,8 @@ def prefill_prompts(
 ) -> tuple[jax.Array, CacheState]:
     """`prefill` of a cache that holds nothing yet.
 
-    One by one they find the programs of single prompts compiled, and take one more row's memory.
+    One by one takes one more row's memory. The cache should then be opened `whole`: to make it a second
+    time takes longer on CPU than to copy what it holds.
     """
     if not (better_apart(lengths, largest) and _on_one_device(state, params)):
         return prefill(structure, params, state, tokens, lengths, largest, slots)
