@@ -35,7 +35,7 @@ LANES = 128  # numbers side by side in a register of a TPU
 ROWS = 8  # registers are so many rows of them
 BLOCK_BYTES = 1 << 20  # of one leaf: half of that or less leaves the memory waiting between blocks
 MOST_BYTES = 1 << 21  # of one leaf: two leaves, each twice, lie beside all else in 16 MiB
-MOST_SLOTS = 1024  # of a block: a row reads up to one more than it needs, and a window two
+MOST_SLOTS = 1024  # of a block: a row reads up to one more than it needs
 MOST_ROWS = 128  # queries of a KV head; of more the scores of a block are large
 MOST_BLOCKS = 1 << 16  # of all rows: their numbers lie in scalar memory
 
@@ -90,7 +90,7 @@ class PallasTPU:
                 if name in names and not takes(form):
                     return f"does not read {type(form).__name__} of {form.dtype}"
             stored = slot_run.only(names)
-            slots = _slots_of_block(stored, slot_run.size, mask.num_kv_heads, self.block_bytes)
+            slots = _slots_of_block(stored, slot_run.size, mask, self.block_bytes)
             if slots * _bytes_of_slot(stored, mask.num_kv_heads) > MOST_BYTES:
                 return f"reads {ROWS} KV heads at a time, or all, and these are too many"
             if -(-slot_run.size // slots) * batch > MOST_BLOCKS:
@@ -114,7 +114,7 @@ class _Kernel:
         slot_run, mask = read.slot_run, read.mask
         form = dict(slot_run.forms)
         count = running.top.shape[2]
-        slots = _slots_of_block(stored, slot_run.size, mask.num_kv_heads, self.backend.block_bytes)
+        slots = _slots_of_block(stored, slot_run.size, mask, self.backend.block_bytes)
         padded = -(-count // ROWS) * ROWS
         arrays = {name: forms.arrays_of(form[name], x) for name, x in stored.items()}
         lead = slot_run.buffer.lead
@@ -208,11 +208,13 @@ def _heads_of_block(heads: int) -> int:
     return heads if heads % ROWS else ROWS
 
 
-def _slots_of_block(stored: Packed, size: int, heads: int, most_bytes: int) -> int:
+def _slots_of_block(stored: Packed, size: int, mask: Mask, most_bytes: int) -> int:
     """Slots that are read together, whole registers of them, of `size`."""
-    each = _bytes_of_slot(stored, heads)
+    each = _bytes_of_slot(stored, mask.num_kv_heads)
+    # A window begins and ends inside a block, of which the rest is read for nothing.
+    most = MOST_SLOTS if mask.window is None else min(MOST_SLOTS, mask.window // 4)
     slots = LANES
-    while 2 * slots <= MOST_SLOTS and 2 * slots * each <= most_bytes:
+    while 2 * slots <= most and 2 * slots * each <= most_bytes:
         slots *= 2
     return min(slots, math.ceil(size / LANES) * LANES)
 
