@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -250,3 +251,21 @@ def test_a_ragged_append_reads_no_slots(program, spec):
     reads = [line for line in text.splitlines() if "gather" in line or "dynamic_slice" in line]
     assert text.count('"stablehlo.scatter"') == 2  # keys and values
     assert not reads
+
+
+def _outside_of_choices(jaxpr):
+    """Names of the primitives that run whatever is chosen."""
+    for equation in jaxpr.eqns:
+        yield equation.primitive.name
+        if equation.primitive.name != "cond":
+            for inner in jax.extend.core.jaxprs_in_params(equation.params):
+                yield from _outside_of_choices(inner)
+
+
+@pytest.mark.parametrize("ragged", [False, True], ids=["aligned", "ragged"])
+def test_an_append_that_completes_no_group_quantizes_none(ragged):
+    """Of KIVI's appends one in a group has that to do; on TPU it was most of what each of them cost."""
+    state = _state(64, ragged, codec=lj.codecs.KIVI(16, 8))
+    new = _new()
+    ran = set(_outside_of_choices(jax.make_jaxpr(lambda s: lj.update(s, new, new, 0))(state).jaxpr))
+    assert "cond" in ran and not ran & {"round", "reduce_min", "reduce_max"}

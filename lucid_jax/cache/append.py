@@ -10,9 +10,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from lucid_jax.cache import derive, tail
 from lucid_jax.cache.buffers import Rows
+from lucid_jax.cache.carry import varying_as
 from lucid_jax.cache.layouts.contiguous import Contiguous
 from lucid_jax.cache.packing import Packed, Tokens, decoded, encoded
 from lucid_jax.cache.reading import (
@@ -39,7 +41,7 @@ class Chunk:
         count: tokens this chunk appends, int32 [] or [B].
         ok: bool [] or [B]; where False nothing is stored.
         exact: whether all W go into slots wherever ok.
-        raw: with a tail, the tokens from `first` on in full precision.
+        raw: with a tail, the new tokens in full precision.
     """
 
     leaves: Packed
@@ -92,18 +94,32 @@ def take_in(layer: TokenLayer, tokens: Tokens, counts: jax.Array | None) -> Chun
             raw=None,
         )
     first = packing.flushed(layer.position)
-    fresh = encoded(packing.raw_forms, tokens)
-    raw = tail.window(layer.buffer, layer.tail, first, layer.position, fresh)
-    groups = tail.whole_groups(raw, first, layer.start, packing.codec.unit, new)
+    raw = encoded(packing.raw_forms, tokens)
+    stored = packing.flushed(layer.position + count) - first
+
+    def quantized() -> Packed:
+        window = _window(layer, first, raw)
+        groups = tail.whole_groups(window, first, layer.start, packing.codec.unit, new)
+        return encoded(packing.forms, decoded(packing.raw_forms, groups))
+
+    # Most steps complete no group: then there is nothing to quantize, which is most of their work.
+    shapes = jax.eval_shape(quantized)
+    zeros = varying_as(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), layer, raw)
     return Chunk(
-        leaves=encoded(packing.forms, decoded(packing.raw_forms, groups)),
+        leaves=lax.cond(jnp.any(stored > 0), quantized, lambda: zeros),
         first=first,
-        stored=packing.flushed(layer.position + count) - first,
+        stored=stored,
         count=count,
         ok=ok,
         exact=False,
         raw=raw,
     )
+
+
+def _window(layer: TokenLayer, first: jax.Array, raw: tail.Raw) -> tail.Raw:
+    """Raw tokens of positions from `first` on: those of the tail, then new ones."""
+    assert layer.tail is not None
+    return tail.window(layer.buffer, layer.tail, first, layer.position, raw)
 
 
 def _count(tokens: Tokens) -> int:
@@ -133,7 +149,7 @@ def put(layer: TokenLayer, chunk: Chunk) -> TokenLayer:
     last = layer.tail
     if last is not None:
         assert chunk.raw is not None
-        last = tail.put(layer.buffer, last, chunk.raw, chunk.first, layer.position, chunk.count)
+        last = tail.put(layer.buffer, last, chunk.raw, layer.position, chunk.count)
     most = f"the capacity of {layer.capacity}" if layer.bounded else "what int32 can count"
     leaves = jax.tree.map(put_leaf, layer.leaves, new)
     return layer.replace(leaves=leaves, tail=last).advanced(
@@ -195,7 +211,8 @@ def put_and_slot_runs(layer: TokenLayer, chunk: Chunk) -> tuple[TokenLayer, list
     found = [slot_runs(after)[0].replace(index=index, in_order=False), *lost]
     if chunk.raw is not None:
         end = layer.position + chunk.count
-        fresh = _run(layer, chunk.raw, layer.packing.raw_forms, chunk.first, end)
+        window = _window(layer, chunk.first, chunk.raw)
+        fresh = _run(layer, window, layer.packing.raw_forms, chunk.first, end)
         found.append(fresh.replace(copy=copy_of(layer.packing.codec, packed=False)))
     return after, found
 

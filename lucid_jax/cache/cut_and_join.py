@@ -97,8 +97,7 @@ def _join(layer: TokenLayer, segment: Segment) -> TokenLayer:
         # A tail keeps the latest tokens only: those before them may be anything.
         missing = segment.tokens - tail.size_of(segment.tail)
         widen = ((0, 0), (0, 0), (missing, 0), (0, 0))
-        new = {name: jnp.pad(x, widen) for name, x in segment.tail.items()}
-        raw = tail.window(layer.buffer, layer.tail, first, layer.position, new)
+        raw = {name: jnp.pad(x, widen) for name, x in segment.tail.items()}
     return put(
         layer,
         Chunk(

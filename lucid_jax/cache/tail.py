@@ -74,18 +74,13 @@ def whole_groups(raw: Raw, first: jax.Array, start: jax.Array, group: int, token
     return {name: Rows().take(x, source) for name, x in raw.items()}
 
 
-def put(
-    rows: Rows, tail: Raw, raw: Raw, first: jax.Array, position: jax.Array, count: jax.Array
-) -> Raw:
-    """Writes the tokens at positions [position, position + count) of a raw window from `first`."""
+def put(rows: Rows, tail: Raw, new: Raw, position: jax.Array, count: jax.Array) -> Raw:
+    """Writes the first `count` of T new raw tokens, whose positions are from `position` on."""
     size = rows.slots(next(iter(tail.values())))
-    tokens = min(size, size_of(raw) - size)  # of a longer chunk only the latest stay
+    tokens = min(size, size_of(new))  # of a longer chunk only the latest stay
     number = span(jnp.maximum(count - tokens, 0), tokens)  # of the new tokens
     slot = jnp.where(number < count[..., None], (position[..., None] + number) % size, size)
-    source = (position - first)[..., None] + number
-
-    def write(leaf: jax.Array, window: jax.Array) -> jax.Array:
-        return rows.write_at(leaf, Rows().take(window, source), slot)
-
-    written: Raw = jax.tree.map(write, tail, raw)
+    if tokens < size_of(new):
+        new = {name: Rows().take(x, number) for name, x in new.items()}
+    written: Raw = jax.tree.map(lambda leaf, x: rows.write_at(leaf, x, slot), tail, new)
     return written

@@ -71,7 +71,8 @@ class KIVI(Codec):
     The latest `residual` tokens are always read in full precision; behind them, whole groups are
     quantized, once. What was full precision is kept long enough that rolling back up to `residual`
     tokens, across such a flush too, is exact. Tokens are only appended: `cache_position` is refused.
-    A step quantizes the group it may complete, so that an append costs O(group), not O(1).
+    An append writes the slots of a group, so that it costs O(group), not O(1); it quantizes them only
+    when the group is complete.
 
     Attributes:
         group: tokens of a group.
