@@ -220,15 +220,25 @@ KNOWN = (
         targets=TPUS,
     ),
     Known(
-        "a scatter by position lays narrow leaves out anew; to be mended",
+        "a scatter by position lays leaves out anew; to be mended",
         verbs=("write at",),
-        codecs=("int8", "fp8"),
+        targets=TPUS,
+    ),
+    Known(
+        "a token's update of stacked layers, alone in a scan, copies the stack; to be mended",
+        verbs=("update",),
+        rows=("stacked",),
         targets=TPUS,
     ),
     Known(
         "float32 scores of all slots are more than a sixteenth of a narrow cache",
-        verbs=("decode", "extend of 8"),
+        verbs=("decode",),
         codecs=("int8", "fp8", "int4", "kivi"),
+        targets=GPU,
+    ),
+    Known(
+        "float32 scores of all slots and eight tokens are more than a sixteenth of a cache",
+        verbs=("extend of 8",),
         targets=GPU,
     ),
 )
