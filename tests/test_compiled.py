@@ -269,3 +269,15 @@ def test_an_append_that_completes_no_group_quantizes_none(ragged):
     new = _new()
     ran = set(_outside_of_choices(jax.make_jaxpr(lambda s: lj.update(s, new, new, 0))(state).jaxpr))
     assert "cond" in ran and not ran & {"round", "reduce_min", "reduce_max"}
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize(("dtype", "exact"), [(jnp.float32, True), (jnp.bfloat16, False)])
+def test_float32_tokens_are_multiplied_as_such_on_a_tpu(dtype, exact):
+    """By default a TPU rounds both sides of a product to bfloat16."""
+    state = _state(64, dtype=dtype)
+    query = _new(dtype=dtype)
+    step = jax.jit(lambda s: lj.attend(s, query, 0, implementation="walk"))
+    text = step.trace(state).lower(lowering_platforms=("tpu",)).as_text()
+    products = [line for line in text.splitlines() if "dot_general" in line]
+    assert products and all(("HIGHEST" in line) == exact for line in products)
