@@ -272,12 +272,18 @@ def test_an_append_that_completes_no_group_quantizes_none(ragged):
 
 
 @pytest.mark.whole
+@pytest.mark.parametrize("by_index", [False, True])
 @pytest.mark.parametrize(("dtype", "exact"), [(jnp.float32, True), (jnp.bfloat16, False)])
-def test_float32_tokens_are_multiplied_as_such_on_a_tpu(dtype, exact):
+def test_float32_tokens_are_multiplied_as_such_on_a_tpu(dtype, exact, by_index):
     """By default a TPU rounds both sides of a product to bfloat16."""
     state = _state(64, dtype=dtype)
     query = _new(dtype=dtype)
-    step = jax.jit(lambda s: lj.attend(s, query, 0, implementation="walk"))
-    text = step.trace(state).lower(lowering_platforms=("tpu",)).as_text()
-    products = [line for line in text.splitlines() if "dot_general" in line]
-    assert products and all(("HIGHEST" in line) == exact for line in products)
+    options = {"implementation": "walk", "rope_theta": 1e4 if by_index else None}
+
+    def loss(state, query):
+        return lj.attend(state, query, 0, **options).astype(jnp.float32).sum()
+
+    for step in (loss, jax.grad(loss, argnums=1)):
+        lowered = jax.jit(step).trace(state, query).lower(lowering_platforms=("tpu",))
+        products = [line for line in lowered.as_text().splitlines() if "dot_general" in line]
+        assert products and all(("HIGHEST" in line) == exact for line in products)

@@ -102,7 +102,8 @@ class Reader:
         if table is None:
             return form.scores(rows, stored)
         index = self.sight.key_index(self.slot_run.slots.counted(block.begin, block.size))
-        return products(rows, rope(form.decode(stored).astype(rows.dtype), index, table))
+        keys = rope(form.decode(stored).astype(rows.dtype), index, table)
+        return products(rows, keys, form.precision)
 
     def seen(self, block: Block) -> jax.Array:
         """What each query sees of a block that is new: bool, (B, H, G, T, S) or axes of 1."""
@@ -210,7 +211,7 @@ def _mix_exactly(
     group = weights.shape[2] // seen.shape[3]
     each = jnp.broadcast_to(seen, (*weights.shape[:2], group, *seen.shape[3:]))
     each = each.reshape(weights.shape) & broken[:, :, None]
-    mix = partial(jnp.einsum, "bhrs,bhsd->bhrd")
+    mix = partial(jnp.einsum, "bhrs,bhsd->bhrd", precision=form.precision)
     met = each.astype(weights.dtype)
     nan, high, low = (
         mix(met, kind(tokens).astype(weights.dtype)) > 0

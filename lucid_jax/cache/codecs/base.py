@@ -64,15 +64,15 @@ class Form(abc.ABC):
 
     def scores(self, rows: jax.Array, stored: Stored) -> jax.Array:
         """Products of rows (B, H, R, D) and stored keys of S tokens: (B, H, R, S) in rows' dtype."""
-        return products(rows, self.decode(stored).astype(rows.dtype), self._precision)
+        return products(rows, self.decode(stored).astype(rows.dtype), self.precision)
 
     def mix(self, weights: jax.Array, stored: Stored) -> jax.Array:
         """Weights (B, H, R, S) times stored values of S tokens: (B, H, R, D) in weights' dtype."""
         tokens = self.decode(stored).astype(weights.dtype)
-        return jnp.einsum("bhrs,bhsd->bhrd", weights, tokens, precision=self._precision)
+        return jnp.einsum("bhrs,bhsd->bhrd", weights, tokens, precision=self.precision)
 
     @property
-    def _precision(self) -> lax.Precision | None:
+    def precision(self) -> lax.Precision | None:
         """A TPU rounds what it multiplies to bfloat16 unless told not to: no loss to narrow tokens."""
         return lax.Precision.HIGHEST if jnp.dtype(self.dtype).itemsize > 2 else None
 
