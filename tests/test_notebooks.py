@@ -11,7 +11,7 @@ import lucid_jax
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 IMAGES = {
     "02_jit_decode_loop.ipynb": 2,
-    "03_memory.ipynb": 3,
+    "03_memory.ipynb": 4,
     "04_beam_and_speculative.ipynb": 4,
 }  # how many plots; the others draw none
 

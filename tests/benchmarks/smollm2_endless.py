@@ -1,11 +1,11 @@
 """Text without end on SmolLM2-135M: 20,000 tokens written, and a held-out text read, in windows.
 
-    python tests/benchmarks/smollm2_endless.py --out notebooks/endless.json
+    python tests/benchmarks/smollm2_endless.py --out endless.json
 
 needs what smollm2_quality.py needs. It writes with `Sliding(1024, sinks=4)` and positions by place, and
 prints the memory that the process has meanwhile. Then it reads 96 kB as one stream, in windows with and
 without sinks, with positions by place and absolute ones, and with all tokens kept: bits per byte as the
-stream goes on (StreamingLLM, Xiao et al. 2023, figure 3). Takes half an hour on two cores.
+stream goes on (StreamingLLM, Xiao et al. 2023, figure 3). Takes an hour and more on two cores.
 """
 
 from __future__ import annotations
