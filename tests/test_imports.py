@@ -7,6 +7,8 @@ much of a dependency as a call. Circles: only what runs when a module is importe
 import ast
 import graphlib
 import inspect
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -92,6 +94,13 @@ def test_no_module_imports_itself_by_way_of_others():
         for module, path in MODULES.items()
     }
     graphlib.TopologicalSorter(graph).prepare()  # raises a CycleError that names the circle
+
+
+def test_what_reads_compiled_programs_waits_until_it_is_asked_for():
+    """`import lucid_jax` is part of every command's start."""
+    asked = "import sys, lucid_jax; print('lucid_jax.tools.inspection' in sys.modules)"
+    run = [sys.executable, "-c", asked]
+    assert subprocess.run(run, check=True, capture_output=True, text=True).stdout == "False\n"
 
 
 def test_the_checks_see_what_they_should():

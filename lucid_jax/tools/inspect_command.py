@@ -47,9 +47,9 @@ def inspect_command(options: argparse.Namespace) -> None:
         return model.init_cache(spec, options.batch, ragged=True)
 
     state = jax.eval_shape(cache)
-    setup = LoopSetup(split(model)[0], sampling_of(options), model.config.eos_token_ids)
-    params = split(model)[1]
-    print(_prompt(setup.structure, params, state, min(_CHUNK, length), options.target))
+    structure, params = split(model)
+    setup = LoopSetup(structure, sampling_of(options), model.config.eos_token_ids)
+    print(_prompt(structure, params, state, min(_CHUNK, length), options.target))
     print(_token(setup, params, state, options.target))
 
 
@@ -73,7 +73,7 @@ def _token(setup: LoopSetup, params: Any, state: CacheState, target: str) -> Ins
         lambda: model.hidden(jnp.zeros((state.batch_size, 1), jnp.int32))[0][:, 0]
     )
     seen = None
-    if setup.sampling.repetition_penalty != 1:
+    if setup.sampling.remembers:
         seen = jax.ShapeDtypeStruct((state.batch_size, model.config.vocab_size), jnp.bool_)
     loop = jax.eval_shape(
         lambda cache, last, seen: start_loop(

@@ -80,7 +80,8 @@ def inspect(
     donated = {donate} if isinstance(donate, int) else set(donate)
     args = tuple(_placed(args, opened, mesh))
     compiled = _compiled(fn, args, donated, opened, compiler_options)
-    program = read_program(compiled.as_text())
+    text = compiled.as_text()
+    program = read_program(text)
     named = [
         (
             f"{_name_of(fn, path[0].idx)}{jax.tree_util.keystr(path[1:])}",
@@ -118,7 +119,7 @@ def inspect(
         launches=moves.launches() if opened.chip.platform == "cuda" else None,
         floor_seconds=read / bandwidth if bandwidth else None,
         loops_counted_as_told=moves.loops_of_unknown_turns(),
-        text=compiled.as_text(),
+        text=text,
     )
 
 

@@ -162,7 +162,7 @@ class Moves:
             if instruction.opcode == "while":
                 known = self._known_turns(computation, instruction)
                 inner, looping = turns * (self._turns if known is None else known), True
-            if instruction.opcode in _CONTROL or instruction.opcode.endswith("-start"):
+            if _runs_others(instruction):
                 for called in instruction.called:
                     yield from self._runs_of(called, inner, looping)
 
