@@ -175,7 +175,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", choices=LENGTHS)
     parser.add_argument("--new", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", help="prompts whose name holds this")
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
