@@ -324,7 +324,7 @@ def test_models_whose_positions_count_slots_get_a_row_per_beam():
         with pytest.raises(ValueError, match=reason):
             beam_search(net, [[1]], num_beams=2, max_new_tokens=2, history="tree")
         options = DecodeOptions.of(max_new_tokens=2, cache=lj.Static(9))
-        assert beam._open_cache(net, options, 1, 1, 2, None)[2] == "reorder"
+        assert beam._open_cache(net, options, np.array([1]), 2, None)[2] == "reorder"
 
 
 # --- reorder(since=) -------------------------------------------------------------------------------

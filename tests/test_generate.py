@@ -241,7 +241,7 @@ DECODERS = {
         .cache
     ),
     "beam_search, speculate": lambda model, cache=None: open_cache(
-        model, DecodeOptions.of(max_new_tokens=2, cache=cache), 1, 2
+        model, DecodeOptions.of(max_new_tokens=2, cache=cache), np.array([2])
     )[0],
 }
 

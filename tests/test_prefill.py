@@ -87,7 +87,7 @@ def test_beams_and_drafts_start_from_prompts_fed_one_by_one(model, prompts, fed)
 )
 def test_what_is_alike_or_short_stays_together(lengths, largest, expected):
     """Where a batch wastes little it is one call a chunk, as ever."""
-    assert apart.better_apart(np.array(lengths), largest) is expected
+    assert together.better_apart(np.array(lengths), largest) is expected
 
 
 def test_a_divided_cache_is_filled_together(model, prompts, fed):

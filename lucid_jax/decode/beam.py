@@ -32,7 +32,7 @@ from lucid_jax.decode.beam_loop import (
 from lucid_jax.decode.language_model import LanguageModel, split
 from lucid_jax.decode.options import DecodeOptions
 from lucid_jax.decode.prefill import open_cache, sized
-from lucid_jax.decode.prefill_apart import better_apart, prefill_prompts
+from lucid_jax.decode.prefill_apart import prefill_prompts
 from lucid_jax.decode.prompts import Prompts, pad_prompts, seen_tokens
 from lucid_jax.decode.sampling import Sampling
 from lucid_jax.decode.storage import empty_cache
@@ -193,9 +193,7 @@ def prefilled(
 ) -> tuple[SearchSetup, Any, CacheState, PrefilledPrompts]:
     """What `search_from` takes, but for the rules: the prompts fed once each."""
     tokens, lengths = pad_prompts(prompts, model.config.vocab_size)
-    batch, longest = tokens.shape
-    whole = better_apart(lengths, options.prefill_chunk)
-    state, room, history = _open_cache(model, options, batch, longest, width, history, whole)
+    state, room, history = _open_cache(model, options, lengths, width, history)
     structure, params = split(model)
     last, state = prefill_prompts(
         structure, params, state, tokens, lengths, options.prefill_chunk, room
@@ -210,16 +208,14 @@ def prefilled(
 def _open_cache(
     model: LanguageModel,
     options: DecodeOptions,
-    batch: int,
-    longest: int,
+    lengths: np.ndarray,
     width: int,
     history: History | None,
-    whole: bool = False,
 ) -> tuple[CacheState, int, History]:
     """What `open_cache` gives, with room for all beams' tokens, and how they will use it."""
     if history not in (None, "tree", "reorder", "gather"):
         raise ValueError(f"history must be 'tree', 'reorder' or 'gather', got {history!r}")
-    new = options.max_new_tokens
+    new, longest = options.max_new_tokens, int(lengths.max())
     branches = (width - 1) * (new - 1)  # slots of a tree beyond those that one beam takes
     if history in (None, "tree"):
         obstacle = _no_tree(model, options.cache, longest + new - 1, branches)
@@ -227,7 +223,7 @@ def _open_cache(
             raise ValueError(f"a tree of beams cannot be kept: {obstacle}; use history='reorder'")
         history = "tree" if obstacle is None else "reorder"
     spare = branches if history == "tree" else 0
-    state, room = open_cache(model, options, batch, longest, spare=spare, whole=whole)
+    state, room = open_cache(model, options, lengths, spare=spare)
     if options.cache is not None:
         state = verbs.grow(state, longest + new - 1 + spare)
     return state, room, history

@@ -23,7 +23,7 @@ from lucid_jax.cache.state import CacheState
 from lucid_jax.decode.language_model import LanguageModel, split
 from lucid_jax.decode.options import DecodeOptions
 from lucid_jax.decode.prefill import open_cache
-from lucid_jax.decode.prefill_apart import better_apart, prefill_prompts
+from lucid_jax.decode.prefill_apart import prefill_prompts
 from lucid_jax.decode.prompt_cache import PromptCache
 from lucid_jax.decode.prompts import Prompts, pad_prompts, seen_tokens
 from lucid_jax.decode.sampling import Sampling
@@ -172,8 +172,7 @@ def _decoded(
     tokens, lengths = pad_prompts(prompts, model.config.vocab_size)
     structure, params = split(model)
     if prompt_cache is None:
-        whole = better_apart(lengths, options.prefill_chunk)
-        state, slots = open_cache(model, options, *tokens.shape, whole=whole)
+        state, slots = open_cache(model, options, lengths)
         last, state = prefill_prompts(
             structure, params, state, tokens, lengths, options.prefill_chunk, slots
         )

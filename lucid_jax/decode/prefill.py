@@ -25,6 +25,7 @@ from lucid_jax.decode.prompts import power_of_two
 from lucid_jax.decode.storage import empty_cache
 
 MIN_CHUNK = 16
+FULL = 256  # tokens from which on a call takes longer the more there are; of fewer it reads weights
 MIN_CAPACITY = 256  # of a cache whose size is left to us
 
 
@@ -42,6 +43,17 @@ def prefill_chunks(length: int, largest: int) -> list[tuple[int, int]]:
         left = length - start
         chunks.append((start, min(largest, max(MIN_CHUNK, power_of_two(left)))))
     return chunks
+
+
+def better_apart(lengths: np.ndarray, largest: int) -> bool:
+    """Whether prompts one by one take clearly less time than together, padded to the longest.
+
+    Example:
+        >>> better_apart(np.array([64, 400, 1000]), 512), better_apart(np.array([3, 9, 30]), 512)
+        (True, False)
+    """
+    padded = [sum(size for _, size in prefill_chunks(int(n), largest)) for n in lengths]
+    return 5 * sum(max(n, FULL) for n in padded) < 4 * len(padded) * max(padded)
 
 
 def room_for(need: int) -> int:
@@ -64,34 +76,33 @@ def sized(spec: Any, capacity: int) -> Any:
 def open_cache(
     model: LanguageModel,
     options: DecodeOptions,
-    batch_size: int,
-    longest: int,
+    lengths: np.ndarray,
     *,
     spare: int = 0,
     slack: int = 0,
-    whole: bool = False,
 ) -> tuple[CacheState, int]:
-    """An empty ragged cache for prompts of up to `longest` tokens and the new ones.
+    """An empty ragged cache for prompts of these lengths and the new tokens.
 
     Args:
         model: whose cache it is.
-        options: `max_new_tokens`, of which the last is never fed back and needs no slot, `cache` and
-            `sharding`.
-        batch_size: rows.
-        longest: tokens of the longest prompt.
+        options: `max_new_tokens`, of which the last is never fed back and needs no slot, `cache`,
+            `prefill_chunk` and `sharding`.
+        lengths: int [B], tokens of each row's prompt.
         spare: slots needed beyond those, as by the branches of a tree of drafts.
         slack: tokens that may be taken back, which the model's own windows then leave room for.
-        whole: whether it is to have room for the new tokens at once.
 
     Returns:
         The cache, and the capacity that its static layers must have for the new tokens. By default
         they only have room for the prompts yet, and `prefill` enlarges them when those are in: so
         the programs of prefill, which take longest to compile, don't depend on `max_new_tokens`.
+        Where prompts are fed one by one it has that room at once: to make it a second time takes longer
+        on CPU than to copy what it holds.
 
     Raises:
         ValueError: if they do not fit the cache.
     """
     new, cache = options.max_new_tokens, options.cache
+    batch_size, longest = len(lengths), int(lengths.max())
     need = longest + new - 1 + spare
     if need > INT32_MAX:
         raise ValueError(
@@ -101,7 +112,8 @@ def open_cache(
     # Asked for in any case: it refuses what the model cannot read.
     own = model.cache_spec(need - spare, slack=slack)
     if cache is None:
-        room = room_for(need if whole else longest)
+        apart = better_apart(lengths, options.prefill_chunk)
+        room = room_for(need if apart else longest)
         state = empty_cache(model, sized(own, room), batch_size, sharding=options.sharding)
         _check_room(state, room_for(need))
         return state, room_for(need)

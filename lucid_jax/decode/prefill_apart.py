@@ -11,9 +11,7 @@ import numpy as np
 from lucid_jax.cache import rows, verbs
 from lucid_jax.cache.state import CacheState
 from lucid_jax.decode.language_model import ModelStructure
-from lucid_jax.decode.prefill import prefill, prefill_chunks, with_slots
-
-FULL = 256  # tokens from which on a call takes longer the more there are; of fewer it reads weights
+from lucid_jax.decode.prefill import better_apart, prefill, with_slots
 
 
 def prefill_prompts(
@@ -27,8 +25,7 @@ def prefill_prompts(
 ) -> tuple[jax.Array, CacheState]:
     """`prefill` of a cache that holds nothing yet.
 
-    One by one takes one more row's memory. The cache should then be opened `whole`: to make it a second
-    time takes longer on CPU than to copy what it holds.
+    One by one takes one more row's memory.
     """
     if not (better_apart(lengths, largest) and _on_one_device(state, params)):
         return prefill(structure, params, state, tokens, lengths, largest, slots)
@@ -41,17 +38,6 @@ def prefill_prompts(
         one = verbs.reset(one, donate=True)
         lasts.append(last)
     return jnp.concatenate(lasts), with_slots(state, slots)
-
-
-def better_apart(lengths: np.ndarray, largest: int) -> bool:
-    """Whether prompts one by one take clearly less time than together, padded to the longest.
-
-    Example:
-        >>> better_apart(np.array([64, 400, 1000]), 512), better_apart(np.array([3, 9, 30]), 512)
-        (True, False)
-    """
-    padded = [sum(size for _, size in prefill_chunks(int(n), largest)) for n in lengths]
-    return 5 * sum(max(n, FULL) for n in padded) < 4 * len(padded) * max(padded)
 
 
 def _on_one_device(*trees: Any) -> bool:

@@ -217,16 +217,15 @@ class PromptCache:
         """`prefill` for a model that was `split` already: hashing it again would take longer."""
         tokens, lengths = pad_prompts(prompts, self._model.config.vocab_size)
         self._check_model(structure, params)
-        batch, longest = tokens.shape
         unplaced = DecodeOptions.of(max_new_tokens=max_new_tokens, cache=self.spec)
         options = dataclasses.replace(unplaced, sharding=sharding)
         # Refuses what does not fit, before anything is computed.
-        jax.eval_shape(lambda: open_cache(self._model, unplaced, batch, longest))
+        jax.eval_shape(lambda: open_cache(self._model, unplaced, lengths))
         rows = [row[:length] for row, length in zip(tokens, lengths, strict=True)]
-        if batch == 1:
+        if len(rows) == 1:
             reused, hidden, state = self._prefill_row(rows[0], sharding)
             return Prefilled(state, hidden, (reused,))
-        (state, _), lasts, found = open_cache(self._model, options, batch, longest), [], []
+        (state, _), lasts, found = open_cache(self._model, options, lengths), [], []
         for index, row in enumerate(rows):
             reused, hidden, single = self._prefill_row(row, of_one_row(sharding))
             state = insert(state, np.array([index]), single, donate=True)

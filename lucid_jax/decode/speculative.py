@@ -35,7 +35,7 @@ from lucid_jax.decode.generation import Generation
 from lucid_jax.decode.language_model import LanguageModel, ModelStructure, split
 from lucid_jax.decode.options import DecodeOptions
 from lucid_jax.decode.prefill import open_cache, room_for
-from lucid_jax.decode.prefill_apart import better_apart, prefill_prompts
+from lucid_jax.decode.prefill_apart import prefill_prompts
 from lucid_jax.decode.prompts import pad_prompts, seen_tokens
 from lucid_jax.decode.sampling import Sampling
 from lucid_jax.decode.speculation_loop import (
@@ -135,15 +135,12 @@ def speculate(
         raise ValueError("NGram() has no model, so no draft_cache; leave it out")
     tokens, lengths = pad_prompts(prompts, model.config.vocab_size)
     spare = 0 if drafter.tree is None else drafter.tree.nodes - drafter.tree.depth
-    whole = better_apart(lengths, options.prefill_chunk)
 
     def prefilled(
         one: LanguageModel, structure: ModelStructure, params: Any, spec: Any, name: str
     ) -> tuple[jax.Array, CacheState]:
         own = dataclasses.replace(options, cache=spec)
-        state, room = open_cache(
-            one, own, *tokens.shape, spare=spare, slack=drafter.width, whole=whole
-        )
+        state, room = open_cache(one, own, lengths, spare=spare, slack=drafter.width)
         _check_can_take_back(state, drafter, name)
         return prefill_prompts(
             structure, params, state, tokens, lengths, options.prefill_chunk, room
