@@ -26,12 +26,12 @@ from lucid_jax.attention.softmax import (
     Scores,
     queries_by_leaf,
 )
+from lucid_jax.attention.tpu.products import LANES
 from lucid_jax.attention.walk import ByBlocks, attention, each_block
 from lucid_jax.cache.packing import Packed
 from lucid_jax.cache.reading import SlotRun
 from lucid_jax.cache.stacked import Stacked
 
-LANES = 128  # numbers side by side in a register of a TPU
 ROWS = 8  # registers are so many rows of them
 BLOCK_BYTES = 1 << 20  # of one leaf: half of that or less leaves the memory waiting between blocks
 MOST_BYTES = 1 << 21  # of one leaf: two leaves, each twice, lie beside all else in 16 MiB

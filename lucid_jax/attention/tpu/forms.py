@@ -11,14 +11,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from lucid_jax.attention.tpu import nibbles
-from lucid_jax.attention.tpu.products import beside, dot
+from lucid_jax.attention.tpu.products import Piece, beside, dot
 from lucid_jax.cache.codecs import AsBits, Form, Nibbles, Raw, Rotated, Rounded, Scaled
 from lucid_jax.cache.codecs.base import Stored
 from lucid_jax.cache.codecs.numerics import doubled
 from lucid_jax.cache.codecs.rotation import hadamard
-
-# By name the arrays of a leaf: `numbers`, and what comes once a token or for some channels together.
-Piece = dict[str, jax.Array]
 
 
 def takes(form: Form) -> bool:

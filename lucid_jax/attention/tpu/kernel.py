@@ -16,9 +16,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from lucid_jax.attention.tpu import forms
+from lucid_jax.attention.tpu.products import LANES, Piece
 from lucid_jax.cache.codecs.base import Form
-
-LANES = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +70,8 @@ def visits(seen: jax.Array, slots: int) -> Visits:
 @partial(jax.jit, static_argnums=0)
 def softmax(
     plan: Plan,
-    queries: dict[str, forms.Piece],
-    leaves: dict[str, forms.Piece],
+    queries: dict[str, Piece],
+    leaves: dict[str, Piece],
     extra: jax.Array,
     number: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -210,8 +209,8 @@ class _Body:
     ) -> None:
         plan = self.plan
         form = dict(plan.forms)
-        asked: dict[str, forms.Piece] = {}
-        pieces: dict[str, forms.Piece] = {}
+        asked: dict[str, Piece] = {}
+        pieces: dict[str, Piece] = {}
         for (name, part), ref in zip(self.asked, queries, strict=True):
             asked.setdefault(name, {})[part] = ref[0, head]
         for (name, part), ref in zip(self.names, arrays, strict=True):

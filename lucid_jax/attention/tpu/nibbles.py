@@ -10,11 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lucid_jax.attention.tpu.products import dot
+from lucid_jax.attention.tpu.products import Piece, dot
 from lucid_jax.cache.codecs import Nibbles
 from lucid_jax.cache.codecs.numerics import doubled
-
-Piece = dict[str, jax.Array]
 
 
 def pieces(form: Nibbles) -> list[list[tuple[int, int, int]]]:

@@ -11,6 +11,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+LANES = 128  # numbers side by side in a register of a TPU
+
+# By name the arrays of a leaf: `numbers`, and what comes once a token or for some channels together.
+Piece = dict[str, jax.Array]
+
 
 def dot(x: jax.Array, numbers: jax.Array, *, by_width: bool, on_lanes: bool) -> jax.Array:
     """Rows times numbers, over their width or their tokens, in float32.
