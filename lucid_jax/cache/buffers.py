@@ -8,6 +8,7 @@ the methods before `write_window`; the loops after it follow.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
@@ -245,8 +246,17 @@ def _shift_left(leaf: jax.Array, rows: Rows, shift: jax.Array, kept: jax.Array) 
     return shifted
 
 
-def _shift_by_number(leaf: jax.Array, rows: Rows, shift: jax.Array, kept: jax.Array) -> jax.Array:
-    """Ascending blocks make it safe in place: a block is read at or after everything written so far."""
+def _shift_in_order(
+    leaf: jax.Array,
+    rows: Rows,
+    shift: jax.Array,
+    kept: jax.Array,
+    shifted: Callable[[jax.Array, jax.Array, int], jax.Array],
+) -> jax.Array:
+    """Ascending blocks make it safe in place: a block is read at or after everything written so far.
+
+    `shifted(leaf, begin, size)` reads what belongs into slots [begin, begin + size).
+    """
     slots = rows.slots(leaf)
     size = min(slots, _MOVE_BLOCK)
     turns = -(-jnp.max(jnp.where(shift > 0, kept, 0)) // size)
@@ -254,29 +264,32 @@ def _shift_by_number(leaf: jax.Array, rows: Rows, shift: jax.Array, kept: jax.Ar
     def body(turn: jax.Array, leaf: jax.Array) -> jax.Array:
         low = turn * size
         begin = jnp.minimum(low, slots - size)
-        moved = rows.take(leaf, span(begin + shift, size))
+        moved = shifted(leaf, begin, size)
         return rows.write_window(leaf, moved, begin, span(begin, size) >= low)
 
-    shifted: jax.Array = lax.fori_loop(0, turns, body, leaf)
-    return shifted
+    done: jax.Array = lax.fori_loop(0, turns, body, leaf)
+    return done
+
+
+def _shift_by_number(leaf: jax.Array, rows: Rows, shift: jax.Array, kept: jax.Array) -> jax.Array:
+    """Slots are read by their numbers, which may differ from row to row."""
+
+    def shifted(leaf: jax.Array, begin: jax.Array, size: int) -> jax.Array:
+        return rows.take(leaf, span(begin + shift, size))
+
+    return _shift_in_order(leaf, rows, shift, kept, shifted)
 
 
 def _shift_alike(leaf: jax.Array, rows: Rows, shift: jax.Array, kept: jax.Array) -> jax.Array:
-    """The same with windows; one that would reach past the last slot is shifted within itself."""
+    """Windows are read; one that would reach past the last slot is shifted within itself."""
     slots = rows.slots(leaf)
-    size = min(slots, _MOVE_BLOCK)
-    turns = -(-jnp.where(shift > 0, kept, 0) // size)
 
-    def body(turn: jax.Array, leaf: jax.Array) -> jax.Array:
-        low = turn * size
-        begin = jnp.minimum(low, slots - size)
+    def shifted(leaf: jax.Array, begin: jax.Array, size: int) -> jax.Array:
         source = jnp.minimum(begin + shift, slots - size)
         block = rows.read(leaf, source, size)
-        moved = Rows().read(jnp.concatenate([block, block], axis=2), begin + shift - source, size)
-        return rows.write_window(leaf, moved, begin, span(begin, size) >= low)
+        return Rows().read(jnp.concatenate([block, block], axis=2), begin + shift - source, size)
 
-    shifted: jax.Array = lax.fori_loop(0, turns, body, leaf)
-    return shifted
+    return _shift_in_order(leaf, rows, shift, kept, shifted)
 
 
 def _shift_each(leaf: jax.Array, rows: Rows, shift: jax.Array, kept: jax.Array) -> jax.Array:
