@@ -307,6 +307,20 @@ def test_the_walk_reads_as_much_at_once_as_its_platform_likes(
     assert walk.block_size({"key": rows}) == size
 
 
+def test_what_looks_for_tokens_that_are_not_finite_holds_small_blocks(monkeypatch):
+    """It hardly ever runs, and its memory is taken all the same: of a TPU's blocks that is too much."""
+    sizes, blocks_of = [], walk._blocks_of
+
+    def spy(slots, *rest):
+        sizes.append(slots)
+        return blocks_of(slots, *rest)
+
+    monkeypatch.setattr(walk, "_blocks_of", spy)
+    monkeypatch.setattr(walk, "SIZES", {"cpu": walk.Sizes(8, 16, 1 << 19, 1 << 20)})
+    jax.eval_shape(lambda state, query: lj.attend(state, query, 0), make(), queries(0, B, 2))
+    assert sizes == [16, 8]
+
+
 @pytest.mark.parametrize("ragged", [False, True], ids=["aligned", "ragged"])
 @pytest.mark.parametrize("codec", ["identity", pytest.param("kivi", marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("window", [None, 100, 3000])

@@ -129,7 +129,20 @@ def each_block(
     slot_run: SlotRun, rows: RowsByLeaf, body: Callable[[Carry, Block], Carry], carry: Carry
 ) -> Carry:
     """The walk's way: blocks of `block_size` slots one by one; the last may overlap the one before."""
-    size = min(max(block_size(rows) // slot_run.stride, 1) * slot_run.stride, slot_run.size)
+    return _blocks_of(block_size(rows), slot_run, body, carry)
+
+
+def each_small_block(
+    slot_run: SlotRun, rows: RowsByLeaf, body: Callable[[Carry, Block], Carry], carry: Carry
+) -> Carry:
+    """The same for what is hardly ever done, and takes its memory all the same: the least blocks."""
+    return _blocks_of(SIZES.get(platform(), OTHERS_SIZES).least, slot_run, body, carry)
+
+
+def _blocks_of(
+    slots: int, slot_run: SlotRun, body: Callable[[Carry, Block], Carry], carry: Carry
+) -> Carry:
+    size = min(max(slots // slot_run.stride, 1) * slot_run.stride, slot_run.size)
     oldest = slot_run.start // slot_run.stride * slot_run.stride
 
     def step(turn_and_carry: tuple[jax.Array, Carry]) -> tuple[jax.Array, Carry]:
@@ -201,7 +214,7 @@ def _attention(way: Way, inputs: _Inputs, asked: _Asked) -> tuple[jax.Array, jax
     running = _softmax(way, inputs, asked, start)
     # Whether queries of a KV head may see different tokens.
     many = mask.tokens > 1 or mask.by_head
-    careful = ByBlocks(each_block, "exact" if many else "masked")
+    careful = ByBlocks(each_small_block, "exact" if many else "masked")
     if way.care != careful.care:
         # A token that is not finite shows in the sum of whoever read its block. Then all is walked
         # again, with more care. By a loop and not a choice, which under vmap would always do both.
