@@ -129,9 +129,7 @@ def inspected(case):
             stacked=stacked,
         )
     )
-    leaves = jax.tree.leaves(state.layers[0].leaves)
-    large = max(leaf.size * leaf.dtype.itemsize for leaf in leaves) // (STACK if stacked else 1)
-    options = {"donate": 0, "target": case.target, "large": large // 2}
+    options = {"donate": 0, "target": case.target, "large": _large(state)}
     if case.verb in OF_ALL:
         return inspect(OF_ALL[case.verb], state, **options)
     count, run = BY_LAYER[case.verb]
@@ -293,6 +291,7 @@ def _cache(model, codec, rows=_PROMPTS):
 
 
 def _large(cache):
+    """Half of what one layer has of the largest leaf, in bytes."""
     layer = cache.layers[0]
     leaves = [leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(layer.leaves)]
     return max(leaves) // (2 * (len(layer.position) if layer.stacked else 1))
