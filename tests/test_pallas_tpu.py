@@ -28,6 +28,8 @@ CODECS = {
     "fp8": lj.codecs.Float8(rotate=True),
     "int4": lj.codecs.Int4(),
     "int4 in groups": lj.codecs.Int4(group=1, rotate=False),
+    "kivi": lj.codecs.KIVI(group=16, residual=20),
+    "kivi rotated": lj.codecs.KIVI(group=8, residual=5, rotate=True),
 }
 DRAWN = np.random.default_rng(0)
 OPTIONS = {
@@ -145,6 +147,22 @@ def test_leaves_of_ones_own_are_scored_and_mixed(codec):
     agree(*both(state, query, scale=0.3))
 
 
+@pytest.mark.parametrize("group, slots, dim", [(64, 1100, 5), (128, 2000, 8), (256, 4000, 4)])
+def test_groups_of_tokens_share_registers_or_fill_them(group, slots, dim):
+    """KIVI's keys, of an odd width too; a layer of a stack, whose scales may be read by themselves."""
+    spec = lj.Static(slots, lj.codecs.KIVI(group))
+    state = make(spec, layers=2, stacked=True, heads=1, dim=dim)
+    key, value = (tokens(n, B, slots - 40, 1, width)[0] for n, width in enumerate((dim, 3)))
+    state = lj.update(state, 10 * key, value, 1)
+    for count in (1, 2):
+        query = queries(0, B, count, 2, dim)
+        got, expected = (
+            lj.attend(state, query, 1, implementation=name, return_lse=True)
+            for name in ("kernel", "walk")
+        )
+        agree(got, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_values_that_are_not_finite_reach_who_sees_them():
     """And no other query of the call."""
     state = stored(lj.Static(SLOTS))
@@ -193,7 +211,8 @@ def test_it_runs_elsewhere_only_if_interpreted():
 @pytest.mark.parametrize("spec, count, options, lacks", [
     (lj.Static(SLOTS), 1, {"rope_theta": 10.0}, "rotate keys"),
     (lj.Static(SLOTS), 65, {}, "at most 128 queries of a KV head, not 130"),
-    (lj.Static(SLOTS, lj.codecs.KIVI()), 1, {}, "does not read ChannelNibbles"),
+    (lj.Static(600, lj.codecs.KIVI(group=24)), 1, {}, "does not read ChannelNibbles"),
+    (lj.Static(SLOTS, lj.codecs.KIVI(residual=2)), 1, {}, "512 slots at a time"),
     (lj.Static(100), 1, {}, "128 slots at a time"),
 ])  # fmt: skip
 def test_what_it_does_not_take_it_names(spec, count, options, lacks):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -26,13 +26,12 @@ from lucid_jax.attention.softmax import (
     Scores,
     queries_by_leaf,
 )
-from lucid_jax.attention.tpu.products import LANES
+from lucid_jax.attention.tpu.products import LANES, ROWS
 from lucid_jax.attention.walk import ByBlocks, attention, each_block
 from lucid_jax.cache.packing import Packed
 from lucid_jax.cache.reading import SlotRun
 from lucid_jax.cache.stacked import Stacked
 
-ROWS = 8  # registers are so many rows of them
 BLOCK_BYTES = 1 << 20  # of one leaf: half of that or less leaves the memory waiting between blocks
 MOST_BYTES = 1 << 21  # of one leaf: two leaves, each twice, lie beside all else in 16 MiB
 MOST_SLOTS = 1024  # of a block: a row reads up to one more than it needs
@@ -74,8 +73,10 @@ class PallasTPU:
             )
         if any(map(divided_by_compiler, jax.tree.leaves([run.leaves for run in slot_runs]))):
             return "is not divided over a mesh by the compiler, only in jax.shard_map"
-        if all(run.size < LANES for run in slot_runs):
-            return f"reads {LANES} slots at a time, and there are fewer"
+        names = {*queries, slot_runs[0].mixed}
+        least = [_least_slots(slot_run, names) for slot_run in slot_runs]
+        if all(run.size < slots for run, slots in zip(slot_runs, least, strict=True)):
+            return f"reads {least[0]} slots at a time, and there are fewer"
         batch, heads, tokens, _ = next(iter(queries.values())).shape
         rows = heads // mask.num_kv_heads * tokens
         if rows > MOST_ROWS:
@@ -84,13 +85,12 @@ class PallasTPU:
             return "does not rotate keys"
         if any(x.dtype.itemsize > 4 for x in queries.values()):
             return "computes in float32"
-        names = {*queries, slot_runs[0].mixed}
-        for slot_run in slot_runs:
+        for slot_run, fewest in zip(slot_runs, least, strict=True):
             for name, form in slot_run.forms:
                 if name in names and not takes(form):
                     return f"does not read {type(form).__name__} of {form.dtype}"
             stored = slot_run.only(names)
-            slots = _slots_of_block(stored, slot_run.size, mask, self.block_bytes)
+            slots = _slots_of_block(stored, slot_run.size, fewest, mask, self.block_bytes)
             if slots * _bytes_of_slot(stored, mask.num_kv_heads) > MOST_BYTES:
                 return f"reads {ROWS} KV heads at a time, or all, and these are too many"
             if -(-slot_run.size // slots) * batch > MOST_BLOCKS:
@@ -107,17 +107,24 @@ class _Kernel:
 
     def over(self, read: Reader, rows: RowsByLeaf, stored: Packed, running: Running) -> Running:
         """Goes on with a softmax over a run; of few slots, as a tail, without the kernel."""
-        if read.slot_run.size < LANES:
+        slot_run, mask = read.slot_run, read.mask
+        fewest = _least_slots(slot_run, stored)
+        if slot_run.size < fewest:
             return ByBlocks(each_block, self.care).over(read, rows, stored, running)
         from lucid_jax.attention.tpu import forms, kernel
 
-        slot_run, mask = read.slot_run, read.mask
         form = dict(slot_run.forms)
         count = running.top.shape[2]
-        slots = _slots_of_block(stored, slot_run.size, mask, self.backend.block_bytes)
+        slots = _slots_of_block(stored, slot_run.size, fewest, mask, self.backend.block_bytes)
         padded = -(-count // ROWS) * ROWS
-        arrays = {name: forms.arrays_of(form[name], x) for name, x in stored.items()}
         lead = slot_run.buffer.lead
+        arrays = {
+            name: {
+                part: _read_by_rows(slot_run, x)
+                for part, x in forms.arrays_of(form[name], x).items()
+            }
+            for name, x in stored.items()
+        }
         plan = kernel.Plan(
             forms=tuple((name, form[name]) for name in stored),
             scored=tuple(rows),
@@ -126,10 +133,13 @@ class _Kernel:
                 (name, part)
                 for name, each in arrays.items()
                 for part, x in each.items()
-                if x.ndim - lead == 4 and lies_on_lanes(x.shape[-1], slot_run.size)
+                if x.ndim - lead == 4
+                and x.shape[2 + lead] == slot_run.size
+                and lies_on_lanes(x.shape[-1], slot_run.size)
             ),
             rows=padded,
             heads=_heads_of_block(mask.num_kv_heads),
+            size=slot_run.size,
             slots=slots,
             stacked=bool(lead),
             softcap=read.scores.softcap,
@@ -208,15 +218,35 @@ def _heads_of_block(heads: int) -> int:
     return heads if heads % ROWS else ROWS
 
 
-def _slots_of_block(stored: Packed, size: int, mask: Mask, most_bytes: int) -> int:
-    """Slots that are read together, whole registers of them, of `size`."""
+def _least_slots(slot_run: SlotRun, names: Collection[str]) -> int:
+    """Slots of the smallest block of a run."""
+    from lucid_jax.attention.tpu.forms import least_slots
+
+    return max(least_slots(slot_run.form(name)) for name in names)
+
+
+def _read_by_rows(slot_run: SlotRun, array: jax.Array) -> jax.Array:
+    """An array as the kernel reads it.
+
+    What groups of tokens share is read group by group. Where those lie along the lanes that is a copy,
+    of what is small; then of one layer, not of the stack.
+    """
+    lead = slot_run.buffer.lead
+    groups = array.shape[2 + lead]
+    if lead and groups < slot_run.size and lies_on_lanes(array.shape[-1], groups):
+        return slot_run.buffer.own(array)[None]
+    return array
+
+
+def _slots_of_block(stored: Packed, size: int, fewest: int, mask: Mask, most_bytes: int) -> int:
+    """Slots that are read together, `fewest` or twice that and so on, of `size`."""
     each = _bytes_of_slot(stored, mask.num_kv_heads)
     # A window begins and ends inside a block, of which the rest is read for nothing.
     most = MOST_SLOTS if mask.window is None else min(MOST_SLOTS, mask.window // 4)
-    slots = LANES
+    slots = fewest
     while 2 * slots <= most and 2 * slots * each <= most_bytes:
         slots *= 2
-    return min(slots, math.ceil(size / LANES) * LANES)
+    return min(slots, math.ceil(size / fewest) * fewest)
 
 
 def _bytes_of_slot(stored: Packed, heads: int) -> int:

@@ -10,9 +10,18 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lucid_jax.attention.tpu import nibbles
-from lucid_jax.attention.tpu.products import Piece, beside, dot
-from lucid_jax.cache.codecs import AsBits, Form, Nibbles, Raw, Rotated, Rounded, Scaled
+from lucid_jax.attention.tpu import channels, nibbles
+from lucid_jax.attention.tpu.products import LANES, Piece, beside, dot
+from lucid_jax.cache.codecs import (
+    AsBits,
+    ChannelNibbles,
+    Form,
+    Nibbles,
+    Raw,
+    Rotated,
+    Rounded,
+    Scaled,
+)
 from lucid_jax.cache.codecs.base import Stored
 from lucid_jax.cache.codecs.numerics import doubled
 from lucid_jax.cache.codecs.rotation import hadamard
@@ -24,8 +33,17 @@ def takes(form: Form) -> bool:
         return takes(form.inner)
     if type(form) in (Raw, Rounded):
         return form.dtype in ("bfloat16", "float32")
+    if type(form) is ChannelNibbles:
+        return channels.takes(form)
     known = type(form) in (Scaled, Nibbles)
     return known or (type(form) is AsBits and form.dtype == "bfloat16")
+
+
+def least_slots(form: Form) -> int:
+    """Slots of the smallest block: whole registers, also of what a group of tokens shares."""
+    if isinstance(form, Rotated):
+        return least_slots(form.inner)
+    return channels.least_slots(form) if isinstance(form, ChannelNibbles) else LANES
 
 
 # --- outside of the kernel -------------------------------------------------------------------------
@@ -37,6 +55,8 @@ def queries_of(form: Form, rows: jax.Array) -> Piece:
         turn = jnp.asarray(hadamard(rows.shape[-1]), rows.dtype)
         turned = jnp.einsum("bhrd,de->bhre", rows, turn, precision="highest")
         return queries_of(form.inner, turned)
+    if isinstance(form, ChannelNibbles):
+        return channels.queries_of(form, rows)
     return nibbles.queries_of(form, rows) if isinstance(form, Nibbles) else {"rows": rows}
 
 
@@ -44,7 +64,7 @@ def arrays_of(form: Form, stored: Stored) -> Piece:
     """What is stored, by name: (..., S, width) or (..., S)."""
     if isinstance(form, Rotated):
         return arrays_of(form.inner, stored)
-    if not isinstance(form, (Scaled, Nibbles)):
+    if not isinstance(form, (Scaled, Nibbles, ChannelNibbles)):
         return {"numbers": stored}
     beside_codes = {name: x for name, x in stored.items() if name != "codes"}
     if isinstance(form, Nibbles) and form.group == form.dim:  # an axis of 1 XLA lays elsewhere
@@ -69,6 +89,8 @@ def scores(form: Form, queries: Piece, piece: Piece, on_lanes: bool) -> jax.Arra
     """Products of rows and keys, float32 (R, S); of dead tokens anything."""
     if isinstance(form, Rotated):
         return scores(form.inner, queries, piece, on_lanes)
+    if isinstance(form, ChannelNibbles):
+        return channels.scores(form, queries, piece, on_lanes)
     if isinstance(form, Nibbles):
         return nibbles.scores(form, queries, piece, on_lanes)
     raw = dot(queries["rows"], _numbers(form, piece), by_width=True, on_lanes=on_lanes)

@@ -31,8 +31,9 @@ class Plan:
         on_lanes: arrays of leaves, by leaf and name, whose tokens lie along the lanes.
         rows: R.
         heads: KV heads of a block.
+        size: S.
         slots: slots of a block.
-        stacked: whether leaves are of a stack.
+        stacked: whether leaves are of a stack; what is of one layer alone is a stack of one.
         softcap: see `attend`.
         interpret: as of `pallas_call`.
     """
@@ -43,6 +44,7 @@ class Plan:
     on_lanes: frozenset[tuple[str, str]]
     rows: int
     heads: int
+    size: int
     slots: int
     stacked: bool
     softcap: float | None
@@ -80,7 +82,8 @@ def softmax(
     Args:
         plan: static facts.
         queries: of each leaf that is scored, float32 (B, H, ...), scaled.
-        leaves: the arrays of each leaf, (B, H, S, width) or (B, H, S), before them the stack's axis.
+        leaves: the arrays of each leaf, (B, H, S, width) or (B, H, S), before them the stack's axis;
+            of what a group of tokens shares (B, H, S / group, width).
         extra: float32 (B or 1, H or 1, R or 1, n * slots), what is added to scores; -inf hides.
         number: int32 [], which layer of a stack.
 
@@ -99,7 +102,8 @@ def softmax(
         return blocks[row * most + jnp.minimum(j, jnp.maximum(counts[row] - 1, 0))]
 
     def of_leaf(name: str, part: str, array: jax.Array) -> tuple[jax.Array, pl.BlockSpec]:
-        shape: tuple[int, ...] = (1, plan.heads, plan.slots)
+        stride = plan.size // array.shape[2 + plan.stacked]
+        shape: tuple[int, ...] = (1, plan.heads, plan.slots // stride)
         where: list[int | None] = [0]  # the axis of slots
         if array.ndim - plan.stacked == 4:
             shape, where = (*shape, array.shape[-1]), [0, None]
@@ -110,7 +114,7 @@ def softmax(
         def index(b: Any, h: Any, j: Any, number: Any, counts: Any, blocks: Any) -> tuple[Any, ...]:
             at = block_of(b, j, counts, blocks)
             of_row = (b, h, *(0 if axis is None else at for axis in where))
-            return (number[0], *of_row) if plan.stacked else of_row
+            return (jnp.minimum(number[0], len(array) - 1), *of_row) if plan.stacked else of_row
 
         lead = (None,) if plan.stacked else ()
         return array, pl.BlockSpec((*lead, *shape), index)

@@ -30,10 +30,16 @@ def pieces(form: Nibbles) -> list[list[tuple[int, int, int]]]:
     return sides
 
 
+def sides_of(dim: int, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Rows (B, H, R, D) of the channels of each side, (B, H, R, W)."""
+    half = -(-dim // 2)
+    return rows[..., :half], jnp.pad(rows[..., half:], [(0, 0)] * 3 + [(0, dim % 2)])
+
+
 def queries_of(form: Nibbles, rows: jax.Array) -> Piece:
     """Rows of each piece, zero in other channels, one after the other; and sums over groups."""
-    half = -(-form.dim // 2)
-    sides = rows[..., :half], jnp.pad(rows[..., half:], [(0, 0)] * 3 + [(0, form.dim % 2)])
+    sides = sides_of(form.dim, rows)
+    half = sides[0].shape[-1]
     channel = jnp.arange(half).reshape(1, 1, 1, half)
     parts = [
         jnp.where((channel >= first) & (channel < stop), side, 0)
@@ -46,12 +52,12 @@ def queries_of(form: Nibbles, rows: jax.Array) -> Piece:
 
 def scores(form: Nibbles, queries: Piece, stored: Piece, on_lanes: bool) -> jax.Array:
     """Products of rows and keys, float32 (R, S)."""
-    scale, offset = _as_float(stored["scale"]), _as_float(stored["offset"])
+    scale, offset = as_float(stored["scale"]), as_float(stored["offset"])
     sums, count, at = queries["sums"], len(queries["sums"]), 0
     total = sums[:, :1] * offset[:1]
     for group in range(1, len(offset)):
         total = total + sums[:, group : group + 1] * offset[group : group + 1]
-    for side, groups in zip(_sides(stored["numbers"]), pieces(form), strict=True):
+    for side, groups in zip(sides_of_bytes(stored["numbers"]), pieces(form), strict=True):
         size = len(groups) * count
         raw = dot(queries["rows"][at : at + size], side, by_width=True, on_lanes=on_lanes)
         for i, (group, _, _) in enumerate(groups):
@@ -65,10 +71,10 @@ def mix(
 ) -> jax.Array:
     """Weights times the values that are alive, one side below the other: float32 (2 R, W)."""
     scale, offset = (
-        jnp.where(alive, _as_float(stored[name]) / 2, 0) for name in ("scale", "offset")
+        jnp.where(alive, as_float(stored[name]) / 2, 0) for name in ("scale", "offset")
     )
     count, mixed = len(weights), []
-    for side, groups in zip(_sides(stored["numbers"]), pieces(form), strict=True):
+    for side, groups in zip(sides_of_bytes(stored["numbers"]), pieces(form), strict=True):
         scaled = jnp.concatenate([weights * scale[group : group + 1] for group, _, _ in groups])
         raw = dot(scaled, side, by_width=False, on_lanes=on_lanes)
         channel = lax.broadcasted_iota(jnp.int32, (count, raw.shape[1]), 1)
@@ -87,7 +93,7 @@ def value_of(form: Nibbles, mixed: jax.Array) -> jax.Array:
     return jnp.concatenate(sides, axis=-1)[..., : form.dim]
 
 
-def _sides(packed: jax.Array) -> tuple[jax.Array, jax.Array]:
+def sides_of_bytes(packed: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Both halves of bytes, exact in bfloat16."""
     wide = packed.astype(jnp.int32)
 
@@ -97,6 +103,6 @@ def _sides(packed: jax.Array) -> tuple[jax.Array, jax.Array]:
     return exact(wide & 15), exact(wide >> 4)
 
 
-def _as_float(bits: jax.Array) -> jax.Array:
+def as_float(bits: jax.Array) -> jax.Array:
     """Bits of bfloat16 as float32."""
     return lax.bitcast_convert_type(bits.astype(jnp.int32) << 16, jnp.float32)
