@@ -201,12 +201,6 @@ TPUS = FACTORS.target[:3]
 GPU = FACTORS.target[3:]
 KNOWN = (
     Known(
-        "a ragged append to stacked layers is a scatter, for which the stack is copied; to be mended",
-        verbs=tuple(BY_LAYER),
-        rows=("stacked ragged",),
-        targets=TPUS,
-    ),
-    Known(
         "codes of less than 128 bytes a token are laid out anew, whole; to be mended",
         codecs=("int4", "kivi"),
         targets=TPUS,
@@ -345,6 +339,5 @@ LOOPS = {
     "drafts": _drafts,
 }
 KNOWN_LOOPS = {
-    ("scan over layers", "tpu:v5e"): KNOWN[0].reason,
     ("tree of beams", "gpu:h100"): "float32 scores of all slots, of four beams to a row",
 }

@@ -81,26 +81,27 @@ class Stacked(Rows):
         return lax.gather(leaf, self._numbered(slots), windows, sizes, mode="clip")
 
     def write_rows(self, leaf: jax.Array, tokens: jax.Array, begin: jax.Array) -> jax.Array:
+        # The layer's axis stays, of size 1, here and below: without it XLA for TPUs copies the stack.
         windows = lax.ScatterDimensionNumbers(
-            update_window_dims=tuple(range(1, leaf.ndim - 1)),
-            inserted_window_dims=(0,),
+            update_window_dims=tuple(range(1, leaf.ndim)),
+            inserted_window_dims=(),
             scatter_dims_to_operand_dims=(0, 3),
             operand_batching_dims=(1,),
             scatter_indices_batching_dims=(0,),
         )
-        return scatter(leaf, self._numbered(begin), tokens, windows)
+        return scatter(leaf, self._numbered(begin), jnp.expand_dims(tokens, 1), windows)
 
     def write_at(self, leaf: jax.Array, tokens: jax.Array, slots: jax.Array) -> jax.Array:
         rows = slots.ndim - 1
         windows = lax.ScatterDimensionNumbers(
-            update_window_dims=(*range(rows, 2), *range(3, leaf.ndim)),
-            inserted_window_dims=(0,),
+            update_window_dims=(rows, *range(rows + 1, 3), *range(4, leaf.ndim + 1)),
+            inserted_window_dims=(),
             scatter_dims_to_operand_dims=(0, 3),
             operand_batching_dims=(1,) * rows,
             scatter_indices_batching_dims=(0,) * rows,
         )
         index = self._numbered(self.distinct(leaf, slots))
-        return scatter(leaf, index, jnp.expand_dims(tokens, 3), windows)
+        return scatter(leaf, index, jnp.expand_dims(tokens, (rows, 4)), windows)
 
     def read_row(self, leaf: jax.Array, row: jax.Array, begin: jax.Array, size: int) -> jax.Array:
         return self._cut(leaf, row, begin, 1, size)
