@@ -37,7 +37,7 @@ CODECS = {
 
 
 # Whole leaves are then larger than a TPU's fast memory, where a smaller one may be kept for a while.
-SLOTS = 16384
+SLOTS = {"plain": 16384, "int8": 16384, "fp8": 16384, "int4": 32768, "kivi": 32768}
 
 
 LAYOUTS = {
@@ -119,7 +119,7 @@ def inspected(case):
     dtype = jnp.dtype(case.dtype)
     state = jax.eval_shape(
         lambda: lj.init_cache(
-            LAYOUTS[case.layout](SLOTS, codec=CODECS[case.codec]),
+            LAYOUTS[case.layout](SLOTS[case.codec], codec=CODECS[case.codec]),
             num_layers=STACK if stacked else 1,
             batch_size=ROWS,
             num_kv_heads=HEADS,
@@ -280,7 +280,7 @@ def _loop(sampling, target, codec, scan_layers=False):
 
 
 def _cache(model, codec, rows=_PROMPTS):
-    spec = lj.Static(SLOTS, CODECS[codec])
+    spec = lj.Static(SLOTS[codec], CODECS[codec])
     return jax.eval_shape(lambda: model.init_cache(spec, rows, ragged=True))
 
 

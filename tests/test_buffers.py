@@ -16,6 +16,7 @@ from tests.helpers import make
 WAYS = {
     "others": jax.jit(buffers._shift_by_number),
     "ragged on TPU": jax.jit(buffers._shift_each),
+    "ragged on TPU, of few numbers": jax.jit(buffers._shift_by_bits),
     "aligned on TPU": jax.jit(
         lambda leaf, rows, shift, kept: buffers._shift_alike(leaf, rows, shift[0], kept[0])
     ),

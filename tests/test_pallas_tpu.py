@@ -10,7 +10,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 import lucid_jax as lj
 from lucid_jax.attention import backends
-from lucid_jax.attention.tpu.backend import PallasTPU, lies_on_lanes, pallas_tpu
+from lucid_jax.attention.tpu.backend import PallasTPU, pallas_tpu
+from lucid_jax.cache.tiles import lies_on_lanes
 from tests.helpers import H, make, poison, queries, tokens
 
 B, N, SLOTS = 2, 2 * H, 300  # three blocks of 128, the last of them not whole

@@ -8,6 +8,7 @@ the methods before `write_window`; the loops after it follow.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -19,6 +20,7 @@ from jax import lax
 from lucid_jax.cache.carry import varying_as
 from lucid_jax.cache.gradient import with_gradient_of
 from lucid_jax.cache.slots import along_slots, span
+from lucid_jax.cache.tiles import lies_on_lanes
 
 _ZERO_BLOCK = 64  # slots cleared per loop turn
 _MOVE_BLOCK = 256  # slots moved per loop turn
@@ -136,7 +138,7 @@ class Rows:
             leaf: the storage.
             tokens: (B, H, W, ...) new content, W <= S, already aligned to the window.
             begin: int32 [], first slot of the window, in [0, S - W].
-            fresh: bool [W], window slots to overwrite.
+            fresh: bool [W] or [B, W], window slots to overwrite.
         """
         old = self.read(leaf, begin, tokens.shape[2])
         return self.write(leaf, jnp.where(along_slots(fresh, old), tokens, old), begin)
@@ -235,7 +237,10 @@ def _shift_at_once(leaf: jax.Array, rows: Rows, shift: jax.Array, kept: jax.Arra
 def _shift_left(leaf: jax.Array, rows: Rows, shift: jax.Array, kept: jax.Array) -> jax.Array:
     # Slots that are read by their numbers make XLA on TPU copy the whole leaf at each turn. On CPU
     # that is the faster way, if by little.
-    on_tpu = _shift_each if shift.ndim else _shift_alike
+    on_tpu = _shift_alike
+    if shift.ndim:
+        width = math.prod(leaf.shape[rows.lead + 3 :])
+        on_tpu = _shift_by_bits if lies_on_lanes(width, rows.slots(leaf)) else _shift_each
     shifted: jax.Array = lax.platform_dependent(
         varying_as(leaf, shift, kept),
         shift,
@@ -281,15 +286,45 @@ def _shift_by_number(leaf: jax.Array, rows: Rows, shift: jax.Array, kept: jax.Ar
 
 
 def _shift_alike(leaf: jax.Array, rows: Rows, shift: jax.Array, kept: jax.Array) -> jax.Array:
-    """Windows are read; one that would reach past the last slot is shifted within itself."""
-    slots = rows.slots(leaf)
+    """Windows are read."""
 
     def shifted(leaf: jax.Array, begin: jax.Array, size: int) -> jax.Array:
-        source = jnp.minimum(begin + shift, slots - size)
-        block = rows.read(leaf, source, size)
-        return Rows().read(jnp.concatenate([block, block], axis=2), begin + shift - source, size)
+        return _window_from(leaf, rows, begin + shift, size)
 
     return _shift_in_order(leaf, rows, shift, kept, shifted)
+
+
+def _window_from(leaf: jax.Array, rows: Rows, begin: jax.Array, size: int) -> jax.Array:
+    """Slots from `begin` on, and past the last one anything: that window is shifted within itself."""
+    source = jnp.minimum(begin, rows.slots(leaf) - size)
+    block = rows.read(leaf, source, size)
+    return Rows().read(jnp.concatenate([block, block], axis=2), begin - source, size)
+
+
+def _shift_by_bits(leaf: jax.Array, rows: Rows, shift: jax.Array, kept: jax.Array) -> jax.Array:
+    """By 1, 2, 4, ... slots, each time the rows whose shift, int32 [B], has that part.
+
+    Where slots lie along a TPU's lanes, a block that goes to a slot of each row's own makes XLA lay the
+    whole leaf out anew. This reads and writes at the same slots in all rows.
+    """
+    slots = rows.slots(leaf)
+    size = min(slots, _MOVE_BLOCK)
+    goes = (shift > 0) & (kept > 0)
+    blocks = -(-jnp.max(jnp.where(goes, shift + kept, 0)) // size)
+    bits = 32 - lax.clz(jnp.max(jnp.where(goes, shift, 0)))
+
+    def body(turn: jax.Array, leaf: jax.Array) -> jax.Array:
+        bit, block = turn // blocks, turn % blocks
+        low = block * size
+        begin = jnp.minimum(low, slots - size)
+        moved = _window_from(leaf, rows, begin + (jnp.int32(1) << bit), size)
+        fresh = goes & ((shift >> bit) % 2 > 0)
+        return rows.write_window(
+            leaf, moved, begin, fresh[:, None] & (span(begin, size) >= low)[None]
+        )
+
+    done: jax.Array = lax.fori_loop(0, bits * blocks, body, leaf)
+    return done
 
 
 def _shift_each(leaf: jax.Array, rows: Rows, shift: jax.Array, kept: jax.Array) -> jax.Array:

@@ -26,11 +26,11 @@ from lucid_jax.attention.softmax import (
     Scores,
     queries_by_leaf,
 )
-from lucid_jax.attention.tpu.products import LANES, ROWS
 from lucid_jax.attention.walk import ByBlocks, attention, each_block
 from lucid_jax.cache.packing import Packed
 from lucid_jax.cache.reading import SlotRun
 from lucid_jax.cache.stacked import Stacked
+from lucid_jax.cache.tiles import ROWS, lies_on_lanes
 
 BLOCK_BYTES = 1 << 20  # of one leaf: half of that or less leaves the memory waiting between blocks
 MOST_BYTES = 1 << 21  # of one leaf: two leaves, each twice, lie beside all else in 16 MiB
@@ -199,18 +199,6 @@ def divided_by_compiler(leaf: jax.Array) -> bool:
         if any(kind != AxisType.Manual and size > 1 for kind, size in sizes):
             return True
     return False
-
-
-def lies_on_lanes(width: int, slots: int) -> bool:
-    """Whether XLA lays tokens, rather than their numbers, along a TPU's lanes: where that pads less.
-
-    An array that lay otherwise would be copied whole before the kernel.
-    """
-
-    def size(rows: int, lanes: int) -> int:
-        return math.ceil(rows / ROWS) * math.ceil(lanes / LANES)
-
-    return size(width, slots) < size(slots, width)
 
 
 def _heads_of_block(heads: int) -> int:

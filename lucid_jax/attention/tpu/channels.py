@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from lucid_jax.attention.tpu.nibbles import as_float, sides_of, sides_of_bytes
-from lucid_jax.attention.tpu.products import LANES, ROWS, Piece, dot
+from lucid_jax.attention.tpu.products import Piece, dot
 from lucid_jax.cache.codecs import ChannelNibbles
+from lucid_jax.cache.tiles import LANES, ROWS
 
 
 def takes(form: ChannelNibbles) -> bool:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lucid_jax.attention.tpu import channels, nibbles
-from lucid_jax.attention.tpu.products import LANES, Piece, beside, dot
+from lucid_jax.attention.tpu.products import Piece, beside, dot
 from lucid_jax.cache.codecs import (
     AsBits,
     ChannelNibbles,
@@ -25,6 +25,7 @@ from lucid_jax.cache.codecs import (
 from lucid_jax.cache.codecs.base import Stored
 from lucid_jax.cache.codecs.numerics import doubled
 from lucid_jax.cache.codecs.rotation import hadamard
+from lucid_jax.cache.tiles import LANES
 
 
 def takes(form: Form) -> bool:

@@ -16,8 +16,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from lucid_jax.attention.tpu import forms
-from lucid_jax.attention.tpu.products import LANES, Piece
+from lucid_jax.attention.tpu.products import Piece
 from lucid_jax.cache.codecs.base import Form
+from lucid_jax.cache.tiles import LANES
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,9 +11,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-LANES = 128  # numbers side by side in a register of a TPU
-ROWS = 8  # registers are so many rows of them
-
 # By name the arrays of a leaf: `numbers`, and what comes once a token or for some channels together.
 Piece = dict[str, jax.Array]
 
