@@ -13,7 +13,7 @@ from jax.test_util import check_grads
 import lucid_jax as lj
 from lucid_jax.attention import NotMe, backends, prefix, walk
 from lucid_jax.cache.reading import slot_runs
-from tests.helpers import DV, D, H, make, more_layouts, poison, queries, tokens
+from tests.helpers import DV, D, H, filled, make, more_layouts, poison, queries, tokens
 from tests.oracle import Arithmetic, Oracle, Window
 
 B, N = 2, 2 * H
@@ -262,7 +262,8 @@ def test_the_platform_is_that_of_the_default_device(monkeypatch):
 ])  # fmt: skip
 def test_the_product_is_one_block_and_at_most_one_choice(where, capacity, runs, monkeypatch):
     """Of a decode step: its only loop is the one that is entered where something is not finite."""
-    monkeypatch.setattr(prefix, "platform", lambda: where)
+    for module in (prefix, walk):
+        monkeypatch.setattr(module, "platform", lambda: where)
     state = jax.eval_shape(lambda: make(lj.Static(capacity), batch=1))
     query = jax.ShapeDtypeStruct((1, N, 1, D), jnp.float32)
     sizes = []
@@ -319,6 +320,34 @@ def test_what_looks_for_tokens_that_are_not_finite_holds_small_blocks(monkeypatc
     monkeypatch.setattr(walk, "SIZES", {"cpu": walk.Sizes(8, 16, 1 << 19, 1 << 20)})
     jax.eval_shape(lambda state, query: lj.attend(state, query, 0), make(), queries(0, B, 2))
     assert sizes == [16, 8]
+
+
+@pytest.mark.parametrize("slots", [8, 64])
+@pytest.mark.parametrize("ragged", [False, True], ids=["aligned", "ragged"])
+def test_few_slots_are_read_at_once_where_most_are_in_use(slots, ragged, monkeypatch):
+    """A decode step then reads the leaf where it lies; where few are in use, a block at a time."""
+    monkeypatch.setattr(walk, "SIZES", {"cpu": walk.Sizes(8, 8, 1 << 19, 1 << 20)})
+    calls, at_once = [], walk.at_once_or_each_block
+
+    def spy(slot_run, rows, body, carry):
+        def counted(carry, block):
+            jax.debug.callback(lambda: calls.append(block.size))
+            return body(carry, block)
+
+        return at_once(slot_run, rows, counted, carry)
+
+    monkeypatch.setattr(walk, "at_once_or_each_block", spy)
+    full, _, _ = filled(slots, lj.Static(slots), ragged=ragged)
+    query = queries(0, B, 1)
+    for length in (0, 1, slots // 2, slots // 2 + 1, slots):
+        state = poison(lj.rollback(full, slots - length))
+        calls.clear()
+        out = lj.attend(state, query, 0)
+        jax.effects_barrier()
+        expected = [8] * (length // 8 + (length % 8 > 0))
+        assert calls == ([slots] if 2 * length > slots or 0 < length <= slots == 8 else expected)
+        dense = lj.attend(state, query, 0, implementation="dense")
+        np.testing.assert_allclose(out, dense, atol=1e-5)
 
 
 @pytest.mark.parametrize("ragged", [False, True], ids=["aligned", "ragged"])

@@ -127,6 +127,29 @@ def test_temporaries_do_not_grow_with_the_capacity(program, ragged):
     assert large < lj.nbytes(_state(CAPACITIES[0])) / 2
 
 
+@pytest.mark.parametrize("ragged", [False, True], ids=["aligned", "ragged"])
+@pytest.mark.parametrize(("batch", "heads"), [(1, 2), (2, 1), (2, 2)])
+def test_a_short_cache_is_not_copied(batch, heads, ragged):
+    """One that a single block holds: a decode loop copied its keys four times a step."""
+    state = make(lj.Static(256), ragged=ragged, batch=batch, heads=heads, dim=DIM, value_dim=DIM)
+
+    def step(carry, _):
+        state, token = carry
+        rows = jnp.full(batch, 1) if ragged else None
+        key = token @ jnp.ones((DIM, DIM))
+        out, state = lj.extend(state, token, key, token, 0, lengths=rows)
+        return (state, out), None
+
+    def loop(state, token):
+        return jax.lax.scan(step, (state, token), length=9)[0]
+
+    token = jnp.ones((batch, heads, 1, DIM))
+    text = jax.jit(loop, donate_argnums=0).lower(state, token).compile(USERS_XLA).as_text()
+    leaf = f"f32[{batch},{heads},256,{DIM}]"
+    assert leaf in text
+    assert not [line for line in text.splitlines() if leaf in line and " copy(" in line]
+
+
 @pytest.mark.parametrize("program", [append, append_and_attend, decode_loop],
                          ids=lambda p: p.__name__)  # fmt: skip
 def test_narrow_dtypes_need_no_widened_copy_of_the_buffer(program):

@@ -38,6 +38,7 @@ from lucid_jax.attention.softmax import (
     rows_of,
     softmax_block,
 )
+from lucid_jax.cache.buffers import Rows
 from lucid_jax.cache.carry import varying_as
 from lucid_jax.cache.packing import Packed
 from lucid_jax.cache.reading import SlotRun
@@ -112,7 +113,8 @@ def walk(
     query: Query, slot_runs: Sequence[SlotRun], mask: Mask, scores: Scores
 ) -> tuple[jax.Array, jax.Array]:
     """The backend "walk", which takes every call: see `lucid_jax.attention.Backend`."""
-    return attention(ByBlocks(each_block, "masked"), query, slot_runs, mask, scores)
+    blocks: Blocks = at_once_or_each_block if mask.tokens == 1 else each_block
+    return attention(ByBlocks(blocks, "masked"), query, slot_runs, mask, scores)
 
 
 def block_size(rows: RowsByLeaf) -> int:
@@ -125,10 +127,50 @@ def block_size(rows: RowsByLeaf) -> int:
     return 1 << (max(size, sizes.least).bit_length() - 1)
 
 
+def at_once_or_each_block(
+    slot_run: SlotRun, rows: RowsByLeaf, body: Callable[[Carry, Block], Carry], carry: Carry
+) -> Carry:
+    """A decode step's way: all slots at once if they are few and most are in use, else by blocks.
+
+    A block is copied out of its leaf before it is multiplied, which takes XLA on CPU as long as the
+    products do; the whole leaf is not. It is read in a loop of one turn: not by a choice, which under
+    vmap would always do both, nor right after its append, as XLA then appends to a copy of it too.
+    """
+    one_block = block_size(rows) >= slot_run.size
+    if platform() != "cpu" or not (one_block or _can_be_read_at_once(slot_run, rows)):
+        return each_block(slot_run, rows, body, carry)
+    used = slot_run.stop - slot_run.start
+    most = used > 0 if one_block else 2 * used > slot_run.size
+
+    def whole(turn: tuple[jax.Array, Carry]) -> tuple[jax.Array, Carry]:
+        going, carry = turn
+        return going & False, body(carry, Block(jnp.int32(0), slot_run.start, slot_run.size))
+
+    carry = lax.while_loop(lambda turn: turn[0], whole, (most, carry))[1]
+    if one_block:
+        return carry
+    rest = slot_run.replace(stop=jnp.where(most, slot_run.start, slot_run.stop))
+    return each_block(rest, rows, body, carry)
+
+
+def _can_be_read_at_once(slot_run: SlotRun, rows: RowsByLeaf) -> bool:
+    """Whether all slots are no more than a block may hold, and lie as they are multiplied."""
+    one = next(iter(rows.values()))
+    batch, heads, queries, _ = one.shape
+    each = batch * heads * slot_run.size
+    few = each * sum(x.shape[-1] for x in rows.values()) <= SIZES["cpu"].tokens
+    ready = all(
+        form.differentiable and form.dtype == one.dtype
+        for name, form in slot_run.forms
+        if name in rows or name == slot_run.mixed
+    )
+    return few and each * queries <= SIZES["cpu"].scores and ready and slot_run.buffer == Rows()
+
+
 def each_block(
     slot_run: SlotRun, rows: RowsByLeaf, body: Callable[[Carry, Block], Carry], carry: Carry
 ) -> Carry:
-    """The walk's way: blocks of `block_size` slots one by one; the last may overlap the one before."""
+    """Blocks of `block_size` slots one by one; the last may overlap the one before."""
     return _blocks_of(block_size(rows), slot_run, body, carry)
 
 
