@@ -276,7 +276,8 @@ def test_the_product_is_one_block_and_at_most_one_choice(where, capacity, runs, 
         return jaxpr.count(" while["), jaxpr.count(" cond[")
 
     assert count("dense") == (2, min(runs, 1))  # the second is inside the first
-    assert count("walk") == (1, 0)
+    rows = {"key": jax.ShapeDtypeStruct((1, H, N // H, D), jnp.float32)}
+    assert count("walk") == (int(walk.block_size(rows) < capacity), 0)
 
 
 LONG = prefix.OTHERS_RUNS.short * prefix.OTHERS_RUNS.share + 500
