@@ -197,7 +197,8 @@ def test_the_product_comes_first_on_accelerators_where_it_needs_little(
     plain, count, capacity, codec, taken
 ):
     """Past that, the walk's memory, linear in queries and slots, is worth its launches."""
-    first, then = backends._TRIED["gpu"]
+    kernel, first, then = backends._TRIED["gpu"]
+    assert kernel is backends.mosaic_gpu
     assert backends._TRIED["tpu"] == (backends.pallas_tpu, first, then)
     answers = []
 

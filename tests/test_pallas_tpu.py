@@ -209,6 +209,20 @@ def test_it_runs_elsewhere_only_if_interpreted():
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_it_says_so_in_shard_map_too():
+    """Where JAX asks of each kernel's results along which axes they vary."""
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    state, query = stored(lj.Static(SLOTS)), jnp.asarray(queries(0, B, 1))
+    specs = jax.tree.map(lambda x: x.spec, lj.shardings(state, mesh, heads="x"))
+    heads = jax.sharding.PartitionSpec(None, "x")
+    run = jax.shard_map(
+        lambda state, query: lj.attend(state, query, 0, implementation="pallas_tpu"),
+        mesh=mesh, in_specs=(specs, heads), out_specs=heads,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="runs on TPUs"):
+        jax.jit(run)(state, query)
+
+
 @pytest.mark.parametrize("spec, count, options, lacks", [
     (lj.Static(SLOTS), 1, {"rope_theta": 10.0}, "rotate keys"),
     (lj.Static(SLOTS), 65, {}, "at most 128 queries of a KV head, not 130"),

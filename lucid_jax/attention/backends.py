@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 
 import jax
 
+from lucid_jax.attention.gpu.backend import mosaic_gpu
 from lucid_jax.attention.mask import Mask
 from lucid_jax.attention.prefix import dense, dense_if_small
 from lucid_jax.attention.protocol import Backend, NotMe, platform
@@ -19,10 +20,11 @@ _BY_NAME: dict[str, Backend] = {
     "walk": walk,
     "dense": dense,
     "pallas_tpu": pallas_tpu,
+    "mosaic_gpu": mosaic_gpu,
 }
 _TRIED: dict[str, tuple[Backend, ...]] = {
     "cpu": (walk,),  # of a short cache it is the product
-    "gpu": (dense_if_small, walk),
+    "gpu": (mosaic_gpu, dense_if_small, walk),
     "tpu": (pallas_tpu, dense_if_small, walk),
 }
 

@@ -13,8 +13,15 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType
 
+from lucid_jax.attention.kernel_inputs import (
+    added_to_scores,
+    divided_by_compiler,
+    interpreted,
+    joined,
+    layer_number,
+    padded_rows,
+)
 from lucid_jax.attention.mask import Mask
 from lucid_jax.attention.protocol import NotMe, platform
 from lucid_jax.attention.softmax import (
@@ -29,7 +36,6 @@ from lucid_jax.attention.softmax import (
 from lucid_jax.attention.walk import ByBlocks, attention, each_block
 from lucid_jax.cache.packing import Packed
 from lucid_jax.cache.reading import SlotRun
-from lucid_jax.cache.stacked import Stacked
 from lucid_jax.cache.tiles import ROWS, lies_on_lanes
 
 BLOCK_BYTES = 1 << 20  # of one leaf: half of that or less leaves the memory waiting between blocks
@@ -147,58 +153,24 @@ class _Kernel:
         )
         top, total, mixed = kernel.softmax(
             plan,
-            {name: forms.queries_of(form[name], _padded(x, padded)) for name, x in rows.items()},
+            {
+                name: forms.queries_of(form[name], padded_rows(x, padded))
+                for name, x in rows.items()
+            },
             arrays,
             self._added(read, count, padded, slots),
-            _number(slot_run),
+            layer_number(slot_run),
         )
         acc = forms.value_of(form[slot_run.mixed], mixed)
         found = Running(top[:, :, :count], total[:, :, :count], acc[:, :, :count])
-        return _joined(running, found)
+        return joined(running, found)
 
     def _added(self, read: Reader, count: int, padded: int, slots: int) -> jax.Array:
-        """What is added to scores, float32 (B or 1, H or 1, R or 1, S): -inf where nothing is seen."""
-        slot_run, mask = read.slot_run, read.mask
-        seen = mask.seen(slot_run, read.sight)
-        bias = mask.bias_of(slot_run)
-        bias = jnp.zeros((), jnp.float32) if bias is None else bias.astype(jnp.float32)
-        shape = jnp.broadcast_shapes(seen.shape, bias.shape)
-        group = count // mask.tokens
-        rows = (1, 1) if shape[2:4] == (1, 1) else (group, mask.tokens)
-        shape = (*shape[:2], *rows, slot_run.size)
-        added = jnp.where(seen, jnp.broadcast_to(bias, shape), -jnp.inf)
-        added = added.reshape(*shape[:2], -1, slot_run.size)
+        """What is added to scores, float32 (B or 1, H or 1, R or 1, S), in whole blocks and rows."""
+        added = added_to_scores(read, count)
         more = padded - count if added.shape[2] > 1 else 0
-        rest = -slot_run.size % slots
+        rest = -added.shape[3] % slots
         return jnp.pad(added, [(0, 0), (0, 0), (0, more), (0, rest)], constant_values=-jnp.inf)
-
-
-def _joined(a: Running, b: Running) -> Running:
-    """Two softmaxes over different tokens as one."""
-    top = jnp.maximum(a.top, b.top)
-    shift = jnp.where(jnp.isneginf(top), 0, top)
-    of_a, of_b = jnp.exp(a.top - shift), jnp.exp(b.top - shift)
-    acc = a.acc * of_a[..., None] + b.acc * of_b[..., None]
-    return Running(top, a.total * of_a + b.total * of_b, acc)
-
-
-def interpreted() -> bool:
-    """Whether kernels for TPUs that are traced now are interpreted, as their context manager says."""
-    from jax.experimental import pallas as pl
-
-    one = jax.ShapeDtypeStruct((8, 128), jnp.float32)
-    call = pl.pallas_call(lambda x, y: None, out_shape=one)
-    (traced,) = jax.make_jaxpr(call)(one).eqns
-    return bool(traced.params["interpret"])
-
-
-def divided_by_compiler(leaf: jax.Array) -> bool:
-    """Whether an array lies on a mesh of several devices whose work the compiler divides."""
-    for mesh in (jax.typeof(leaf).sharding.mesh, jax.sharding.get_abstract_mesh()):
-        sizes = zip(mesh.axis_types, mesh.axis_sizes, strict=True)
-        if any(kind != AxisType.Manual and size > 1 for kind, size in sizes):
-            return True
-    return False
 
 
 def _heads_of_block(heads: int) -> int:
@@ -242,18 +214,6 @@ def _bytes_of_slot(stored: Packed, heads: int) -> int:
     numbers = [jax.tree.leaves(x)[0] for x in stored.values()]
     widest: int = max(x.shape[-1] * x.dtype.itemsize for x in numbers)
     return widest * _heads_of_block(heads)
-
-
-def _number(slot_run: SlotRun) -> jax.Array:
-    """Which layer of a stack a run is of."""
-    buffer = slot_run.buffer
-    number = buffer.layer if isinstance(buffer, Stacked) else None
-    return jnp.int32(0) if number is None else number
-
-
-def _padded(rows: jax.Array, count: int) -> jax.Array:
-    """Rows (B, H, R, D) with rows of zeros after them."""
-    return jnp.pad(rows, [(0, 0), (0, 0), (0, count - rows.shape[2]), (0, 0)])
 
 
 pallas_tpu = PallasTPU()

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lucid_jax.attention.kernel_inputs import turned_for
 from lucid_jax.attention.tpu import channels, nibbles
 from lucid_jax.attention.tpu.products import Piece, beside, dot
 from lucid_jax.cache.codecs import (
@@ -24,7 +25,6 @@ from lucid_jax.cache.codecs import (
 )
 from lucid_jax.cache.codecs.base import Stored
 from lucid_jax.cache.codecs.numerics import doubled
-from lucid_jax.cache.codecs.rotation import hadamard
 from lucid_jax.cache.tiles import LANES
 
 
@@ -53,9 +53,7 @@ def least_slots(form: Form) -> int:
 def queries_of(form: Form, rows: jax.Array) -> Piece:
     """Queries (B, H, R, D) as the kernel multiplies keys with them, arrays (B, H, ...)."""
     if isinstance(form, Rotated):
-        turn = jnp.asarray(hadamard(rows.shape[-1]), rows.dtype)
-        turned = jnp.einsum("bhrd,de->bhre", rows, turn, precision="highest")
-        return queries_of(form.inner, turned)
+        return queries_of(form.inner, turned_for(form, rows))
     if isinstance(form, ChannelNibbles):
         return channels.queries_of(form, rows)
     return nibbles.queries_of(form, rows) if isinstance(form, Nibbles) else {"rows": rows}

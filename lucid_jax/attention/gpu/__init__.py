@@ -1,0 +1,1 @@
+"""Attention on Hopper GPUs: a Mosaic GPU kernel for a few queries, and the backend that calls it."""

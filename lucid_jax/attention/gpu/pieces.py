@@ -1,0 +1,137 @@
+"""How stored tokens reach the tensor cores: as 16-bit numbers, in pieces of some channels each.
+
+Numbers of 16 bits are multiplied as they lie. Codes are widened inside the kernel, exactly; what a
+token's scale and offset do is done to scores and weights. A piece is channels that share a scale.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lucid_jax.cache.codecs import Form, Nibbles, Raw, Rotated, Rounded, Scaled
+
+Piece = dict[str, jax.Array]
+
+MOST_CHANNELS = 128  # of a piece: 64 rows of it are 64 registers of each thread
+FEWEST_CHANNELS = 16  # what a tensor core multiplies at once
+NARROW = ("bfloat16", "float16")
+
+
+def takes(form: Form) -> bool:
+    """Whether the kernel reads a form; a class of the user's own it does not know."""
+    if type(form) is Rotated:
+        return takes(form.inner)
+    if type(form) in (Raw, Rounded):
+        return form.dtype in NARROW
+    return type(form) in (Scaled, Nibbles)
+
+
+def plain(form: Form) -> Form:
+    """The form without what only turns queries."""
+    return form.inner if isinstance(form, Rotated) else form
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """How the channels of a leaf are divided, and what stands for them.
+
+    Attributes:
+        form: how the leaf is stored.
+        width: channels of a piece.
+    """
+
+    form: Form
+    width: int
+
+    @property
+    def count(self) -> int:
+        """How many pieces."""
+        return self.form.dim // self.width
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """What is multiplied."""
+        coded = isinstance(self.form, (Scaled, Nibbles))
+        dtype: jnp.dtype = jnp.dtype(jnp.bfloat16 if coded else self.form.dtype)
+        return dtype
+
+    @property
+    def coded(self) -> bool:
+        """Whether numbers are widened inside the kernel."""
+        return isinstance(self.form, (Scaled, Nibbles))
+
+    @property
+    def stored_width(self) -> int:
+        """Codes of a token."""
+        return self.form.dim // (2 if isinstance(self.form, Nibbles) else 1)
+
+    @property
+    def stored_dtype(self) -> jnp.dtype:
+        """What codes are stored as."""
+        signed = isinstance(self.form, Scaled) and self.form.code == "int8"
+        dtype: jnp.dtype = jnp.dtype(jnp.int8 if signed else jnp.uint8)
+        return dtype
+
+    @property
+    def groups(self) -> int:
+        """Scales of a token."""
+        return self.form.dim // self.form.group if isinstance(self.form, Nibbles) else 1
+
+    def group_of(self, piece: int) -> int:
+        """Which scale of a token a piece has."""
+        return piece * self.width * self.groups // self.form.dim
+
+
+def cut_of(form: Form) -> Cut | None:
+    """How the kernel divides a leaf's channels; None if it cannot."""
+    form = plain(form)
+    if isinstance(form, Nibbles):
+        if form.dim % 2:
+            return None
+        whole = math.gcd(form.group, form.dim // 2)
+    else:
+        whole = form.dim
+    if whole % FEWEST_CHANNELS:
+        return None
+    widths = range(FEWEST_CHANNELS, min(whole, MOST_CHANNELS) + 1, FEWEST_CHANNELS)
+    return Cut(form, max(n for n in widths if whole % n == 0))
+
+
+def arrays_of(cut: Cut, stored: Any) -> Piece:
+    """What is stored, by name: numbers (..., S, width), scales and offsets (..., S[, groups])."""
+    if not cut.coded:
+        return {"numbers": stored}
+    beside = {name: x for name, x in stored.items() if name != "codes"}
+    if isinstance(cut.form, Nibbles) and cut.groups == 1:
+        beside = {name: x[..., 0] for name, x in beside.items()}
+    return {"numbers": stored["codes"], **beside}
+
+
+# --- inside the kernel -------------------------------------------------------------------------------
+
+
+def widened(cut: Cut, codes: jax.Array, side: int) -> jax.Array:
+    """Codes, a byte each or two a byte, as numbers that are exact in bfloat16."""
+    if isinstance(cut.form, Nibbles):
+        wide = codes.astype(jnp.int32)
+        return ((wide >> 4) if side else (wide & 15)).astype(jnp.float32).astype(jnp.bfloat16)
+    assert isinstance(cut.form, Scaled)
+    if cut.form.code == "int8":
+        return codes.astype(jnp.float32).astype(jnp.bfloat16)
+    # Float8 (e4m3) has four bits of exponent, less 7: a float32's less 127.
+    wide = codes.astype(jnp.int32)
+    bits = ((wide & 127) << 20) | ((wide & 128) << 24)
+    return (lax.bitcast_convert_type(bits, jnp.float32) * 2.0**120).astype(jnp.bfloat16)
+
+
+def as_float(x: jax.Array) -> jax.Array:
+    """Scales and offsets, of which some are bits of bfloat16, as float32."""
+    if x.dtype != jnp.uint16:
+        return x
+    return lax.bitcast_convert_type(x.astype(jnp.int32) << 16, jnp.float32)

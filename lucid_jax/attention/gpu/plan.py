@@ -1,0 +1,104 @@
+"""What a call of the kernel will be: blocks, programs, and what each keeps in shared memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax.numpy as jnp
+
+from lucid_jax.attention.gpu.pieces import Cut
+
+SLOTS = 64  # of a block
+TILE = 64  # rows of a matrix product, of which the last may be of no query
+WEIGHTS = 2  # numbers of 16 bits that stand for a weight
+AHEAD = 2  # times as many blocks are looked at as are on their way
+MOST_STAGES = 4
+SHARED_BYTES = 222 << 10  # of 227 KiB a program: the compiler takes some
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Static facts of a call.
+
+    Attributes:
+        key: how keys are cut.
+        value: how values are cut.
+        batch: B.
+        heads: H.
+        size: S.
+        rows: R.
+        parts: numbers of 16 bits that stand for one of a query.
+        scale: multiplies scores.
+        softcap: see `attend`.
+        many: whether what is added to scores differs by row.
+        splits: programs among which the blocks of a row are dealt out.
+        interpret: as of `plgpu.kernel`.
+    """
+
+    key: Cut
+    value: Cut
+    batch: int
+    heads: int
+    size: int
+    rows: int
+    parts: int
+    scale: float
+    softcap: float | None
+    many: bool
+    splits: int
+    interpret: Any
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of a row; the last one may overlap the one before."""
+        return -(-self.size // SLOTS)
+
+    @property
+    def turns(self) -> int:
+        """The most blocks that a program reads."""
+        return -(-self.blocks // self.splits)
+
+    @property
+    def stages(self) -> int:
+        """Blocks that are on their way or read at a time."""
+        free = SHARED_BYTES - self._bytes(0)
+        return max(1, min(MOST_STAGES, self.turns, free // (self._bytes(1) - self._bytes(0))))
+
+    @property
+    def fits(self) -> bool:
+        """Whether a program's shared memory holds it."""
+        return self._bytes(1) <= SHARED_BYTES
+
+    def arrays(self, stages: int) -> dict[str, tuple[tuple[int, ...], Any]]:
+        """Shape and dtype of what a program holds in shared memory."""
+        wide: dict[str, tuple[tuple[int, ...], Any]] = {}
+        for name, cut in (("key", self.key), ("value", self.value)):
+            shape = (cut.count, SLOTS, cut.width)
+            if cut.coded:
+                wide[f"{name}_wide"] = shape, cut.dtype
+                wide[f"{name}_read"] = (stages, SLOTS, cut.stored_width), cut.stored_dtype
+            else:
+                wide[f"{name}_read"] = (stages, *shape), cut.dtype
+        return {
+            **wide,
+            "query": ((self.parts, self.key.count, TILE, self.key.width), self.key.dtype),
+            "weights": ((WEIGHTS, TILE, SLOTS), self.value.dtype),
+            "alive": ((AHEAD * stages, SLOTS), jnp.float32),
+            **({"bias": ((stages, TILE, SLOTS), jnp.float32)} if self.many else {}),
+            "mixed": ((TILE, self.value.width), jnp.float32),
+            "stats": ((2, TILE), jnp.float32),
+            **(
+                {"beside": ((SLOTS,), jnp.float32)}
+                if max(self.key.groups, self.value.groups) > 1
+                else {}
+            ),
+        }
+
+    def _bytes(self, stages: int) -> int:
+        """Shared memory of a program."""
+        return sum(
+            math.prod(shape) * jnp.dtype(dtype).itemsize
+            for shape, dtype in self.arrays(stages).values()
+        )

@@ -1,0 +1,317 @@
+"""What one program of the kernel does: the softmax of a KV head's rows over its share of the blocks.
+
+Scores are 64 rows by the slots of a block, and what is mixed 64 rows by channels, both in registers and
+both products of the tensor cores, which take 16-bit numbers from shared memory.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from lucid_jax.attention.gpu.pieces import Cut, as_float, widened
+from lucid_jax.attention.gpu.plan import AHEAD, SLOTS, TILE, WEIGHTS, Plan
+
+_TILED = plgpu.Layout.WGMMA  # of (64, columns) registers
+_ROW, _COL = _TILED.reduce(1), _TILED.reduce(0)  # of one number a row, and one a column
+
+
+class Program:
+    """The program of one KV head of a row, for its share of the blocks."""
+
+    def __init__(
+        self, plan: Plan, scratch: dict[str, Any], outs: Any, queries: Any, sums: Any, key: Any,
+        value: Any, added: Any, alive: Any, number: Any,
+    ) -> None:  # fmt: skip
+        self.plan, self.scratch, self.outs = plan, scratch, outs
+        self.queries, self.sums, self.key, self.value = queries, sums, key, value
+        self.added, self.alive = added, alive
+        split, head, row = (lax.axis_index(name) for name in ("split", "head", "row"))
+        self.split, self.head, self.row = split, head, row
+        self.leaf = (number[0] * plan.batch + row) * plan.heads + head
+        self.mask_row = row if added.shape[0] > 1 else 0
+        self.mask_head = head if added.shape[1] > 1 else 0
+
+    def __call__(self) -> None:
+        """Reads the program's blocks, some ahead, and writes its softmax."""
+        plan, held = self.plan, self.scratch
+        for part in range(plan.parts):
+            for piece in range(plan.key.count):
+                plgpu.copy_gmem_to_smem(
+                    self.queries.at[self.row, self.head, part, :, _channels(plan.key, piece)],
+                    held["query"].at[part, piece, pl.ds(0, plan.rows)],
+                    held["query_here"],
+                )
+        for turn in range(AHEAD * plan.stages):
+            self._look(jnp.int32(turn))
+        for turn in range(plan.stages):
+            self._fetch(jnp.int32(turn))
+        plgpu.barrier_wait(held["query_here"])
+
+        def step(turn: Any, carry: Any) -> Any:
+            carry = lax.cond(self._seen(turn), partial(self._read, turn), lambda x: x, carry)
+            self._look(turn + AHEAD * plan.stages)
+            self._fetch(turn + plan.stages)
+            return carry
+
+        start = (
+            plgpu.layout_cast(jnp.full((TILE,), -jnp.inf, jnp.float32), _ROW),
+            plgpu.layout_cast(jnp.zeros((TILE,), jnp.float32), _ROW),
+            (_zeros(plan.value.width),) * plan.value.count,
+        )
+        self._write(*lax.fori_loop(jnp.int32(0), jnp.int32(plan.turns), step, start))
+
+    def _write(self, top: Any, total: Any, acc: Any) -> None:
+        plan, held, at = self.plan, self.scratch, (self.row, self.head, self.split)
+        top_out, total_out, mixed_out = self.outs
+        held["stats"][0] = top
+        held["stats"][1] = total
+        for piece, mixed in enumerate(acc):
+            held["mixed"][...] = mixed
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(
+                held["mixed"].at[pl.ds(0, plan.rows)],
+                mixed_out.at[(*at, slice(None), _channels(plan.value, piece))],
+            )
+            plgpu.wait_smem_to_gmem(0)
+        for i, out in enumerate((top_out, total_out)):
+            plgpu.copy_smem_to_gmem(held["stats"].at[i, pl.ds(0, plan.rows)], out.at[at])
+        plgpu.wait_smem_to_gmem(0)
+
+    # --- what is read ------------------------------------------------------------------------------
+
+    def _block(self, turn: Any) -> Any:
+        """The program's blocks lie apart, so that what is seen is shared out evenly."""
+        return self.split + turn * self.plan.splits
+
+    def _slots(self, turn: Any) -> Any:
+        first = jnp.minimum(self._block(turn) * SLOTS, self.plan.size - SLOTS)
+        return pl.ds(first, SLOTS)
+
+    def _exists(self, turn: Any) -> Any:
+        return self._block(turn) < self.plan.blocks
+
+    def _seen(self, turn: Any) -> Any:
+        """Whether a block that was looked at is there and holds something seen."""
+        return self._exists(turn) & (jnp.max(self._alive(turn, _COL)) > -jnp.inf)
+
+    def _alive(self, turn: Any, layout: Any) -> Any:
+        ring = self.scratch["alive"]
+        at = ring.at[lax.rem(turn, jnp.int32(AHEAD * self.plan.stages))]
+        return _load(at, layout)
+
+    def _stage(self, turn: Any) -> Any:
+        return lax.rem(turn, jnp.int32(self.plan.stages))
+
+    def _look(self, turn: Any) -> None:
+        """Has brought what is seen of a block."""
+        held, ring = self.scratch, lax.rem(turn, jnp.int32(AHEAD * self.plan.stages))
+
+        @pl.when(self._exists(turn))
+        def _() -> None:
+            plgpu.copy_gmem_to_smem(
+                self.alive.at[self.mask_row, self.mask_head, self._block(turn)],
+                held["alive"].at[ring],
+                held["alive_here"].at[ring],
+            )
+
+    def _fetch(self, turn: Any) -> None:
+        """Has a block brought, if something in it is seen."""
+        plan, held = self.plan, self.scratch
+
+        @pl.when(self._exists(turn))
+        def _() -> None:
+            ring = lax.rem(turn, jnp.int32(AHEAD * plan.stages))
+            plgpu.barrier_wait(held["alive_here"].at[ring])
+
+        @pl.when(self._seen(turn))
+        def _() -> None:
+            stage, slots = self._stage(turn), self._slots(turn)
+            if plan.many:
+                plgpu.copy_gmem_to_smem(
+                    self.added.at[self.mask_row, self.mask_head, self._block(turn)],
+                    held["bias"].at[stage, pl.ds(0, plan.rows)],
+                    held["key_here"].at[stage],
+                )
+            for name, cut, arrays in (
+                ("key", plan.key, self.key), ("value", plan.value, self.value),
+            ):  # fmt: skip
+                read, here = held[f"{name}_read"].at[stage], held[f"{name}_here"].at[stage]
+                numbers = arrays["numbers"].at[self.leaf, slots]
+                if cut.coded:
+                    plgpu.copy_gmem_to_smem(numbers, read, here)
+                    continue
+                for piece in range(cut.count):
+                    plgpu.copy_gmem_to_smem(
+                        numbers.at[:, _channels(cut, piece)], read.at[piece], here
+                    )
+
+    # --- what is done with it ----------------------------------------------------------------------
+
+    def _read(self, turn: Any, carry: Any) -> Any:
+        """Goes on with the softmax over a block."""
+        plan, held, stage = self.plan, self.scratch, self._stage(turn)
+        top, total, acc = carry
+        plgpu.barrier_wait(held["key_here"].at[stage])
+        score = self._scores(turn)
+        if plan.softcap is not None:
+            score = plan.softcap * _tanh(score / plan.softcap)
+        if plan.many:
+            bias = held["bias"].at[stage]
+            added = _load(bias, _TILED)
+        else:
+            added = _down(self._alive(turn, _COL))
+        hidden = added == -jnp.inf
+        score = jnp.where(hidden, -jnp.inf, score + added)
+
+        now = jnp.maximum(top, jnp.max(score, axis=1))
+        shift = jnp.where(now == -jnp.inf, 0.0, now)
+        decay = jnp.exp(top - shift)
+        weights = jnp.exp(score - _across(shift, SLOTS))
+        total = total * decay + jnp.sum(weights, axis=1)
+        acc = tuple(x * _across(decay, plan.value.width) for x in acc)
+
+        plgpu.barrier_wait(held["value_here"].at[stage])
+        values = self._values(turn)
+        mixed = list(acc)
+        for group in range(plan.value.groups):
+            scaled, shifted = self._scaled(turn, group, weights, hidden)
+            self._store_weights(scaled)
+            for piece in range(plan.value.count):
+                if plan.value.group_of(piece) == group:
+                    mixed[piece] = mixed[piece] + self._mixed(values.at[piece])
+                    if shifted is not None:
+                        mixed[piece] = mixed[piece] + _across(shifted, plan.value.width)
+        return now, total, tuple(mixed)
+
+    def _scores(self, turn: Any) -> Any:
+        """Products of all rows and a block's keys, float32 (64, slots)."""
+        plan, cut = self.plan, self.plan.key
+        keys = self._wide("key", self.plan.key, turn)
+        query = self.scratch["query"]
+
+        def product(group: int) -> Any:
+            def run(acc: Any) -> Any:
+                for piece in range(cut.count):
+                    if cut.group_of(piece) == group:
+                        for part in range(plan.parts):
+                            turned = keys.at[piece].transpose((1, 0))
+                            plgpu.wgmma(acc, query.at[part, piece], turned)
+                return acc[...]
+
+            return pl.run_scoped(run, plgpu.ACC((TILE, SLOTS), jnp.float32))
+
+        score: Any = None
+        for group in range(cut.groups):
+            one = product(group)
+            if cut.coded:
+                one = one * _down(self._beside(self.key, "scale", turn, group))
+            if "offset" in self.key:
+                sums = _load(self.sums.at[self.row, self.head, group], _ROW)
+                offset = self._beside(self.key, "offset", turn, group)
+                one = one + _across(sums, SLOTS) * _down(offset)
+            score = one if score is None else score + one
+        return score * plan.scale
+
+    def _scaled(self, turn: Any, group: int, weights: Any, hidden: Any) -> tuple[Any, Any]:
+        """Weights times half of the values' scales, and the sum of those times half of the offsets."""
+        if not self.plan.value.coded:
+            return weights, None
+
+        def times(name: str) -> Any:
+            half = self._beside(self.value, name, turn, group) * 0.5
+            return jnp.where(hidden, 0.0, weights * _down(half))
+
+        shifted = jnp.sum(times("offset"), axis=1) if "offset" in self.value else None
+        return times("scale"), shifted
+
+    def _store_weights(self, weights: Any) -> None:
+        """Weights as two numbers of 16 bits each, for the tensor cores."""
+        held, dtype = self.scratch["weights"], self.plan.value.dtype
+        for i in range(WEIGHTS):
+            narrow = weights.astype(dtype)
+            held[i] = narrow
+            weights = weights - narrow.astype(jnp.float32)
+        plgpu.commit_smem()
+
+    def _mixed(self, values: Any) -> Any:
+        """Weights times a piece of the values, float32 (64, width)."""
+
+        def run(acc: Any) -> Any:
+            for i in range(WEIGHTS):
+                plgpu.wgmma(acc, self.scratch["weights"].at[i], values)
+            return acc[...]
+
+        return pl.run_scoped(run, plgpu.ACC((TILE, self.plan.value.width), jnp.float32))
+
+    def _values(self, turn: Any) -> Any:
+        """A block's values, of which those that no row sees are finite."""
+        values, cut = self._wide("value", self.plan.value, turn), self.plan.value
+        if cut.coded:
+            return values  # codes are finite, whatever a slot holds
+
+        @pl.when(jnp.min(self._alive(turn, _COL)) == -jnp.inf)
+        def _() -> None:
+            dead = _across(self._alive(turn, _ROW), cut.width) == -jnp.inf
+            for piece in range(cut.count):
+                one = _load(values.at[piece], _TILED)
+                values[piece] = jnp.where(dead, jnp.zeros((), cut.dtype), one)
+
+        return values
+
+    def _wide(self, name: str, cut: Cut, turn: Any) -> Any:
+        """Numbers of a block as they are multiplied, (pieces, slots, width)."""
+        read = self.scratch[f"{name}_read"].at[self._stage(turn)]
+        if not cut.coded:
+            return read
+        wide = self.scratch[f"{name}_wide"]
+        for piece in range(cut.count):
+            side, first = divmod(piece * cut.width, cut.stored_width)
+            codes = _load(read.at[:, pl.ds(first, cut.width)], _TILED)
+            wide[piece] = widened(cut, codes, side)
+        plgpu.commit_smem()
+        return wide
+
+    def _beside(self, arrays: Any, name: str, turn: Any, group: int) -> Any:
+        """Scales or offsets of a block, float32 (slots)."""
+        ref, slots = arrays[name], self._slots(turn)
+        if len(ref.shape) < 3:
+            return as_float(_load(ref.at[self.leaf, slots], _COL))
+        # Those of several groups lie apart, and are only read so by threads that have one row each.
+        apart = _load(ref.at[self.leaf, slots, group], _ROW)
+        self.scratch["beside"][...] = as_float(apart)
+        return _load(self.scratch["beside"], _COL)
+
+
+def _load(ref: Any, layout: Any) -> Any:
+    """Reads into registers."""
+    load: Any = plgpu.load  # of which an older JAX says that it takes an index
+    return load(ref, layout=layout, optimized=False)
+
+
+def _channels(cut: Cut, piece: int) -> Any:
+    return pl.ds(piece * cut.width, cut.width)
+
+
+def _zeros(width: int) -> Any:
+    return plgpu.layout_cast(jnp.zeros((TILE, width), jnp.float32), _TILED)
+
+
+def _down(x: Any) -> Any:
+    """One number a slot, for all rows."""
+    return lax.broadcast_in_dim(x, (TILE, SLOTS), [1])
+
+
+def _across(x: Any, width: int) -> Any:
+    """One number a row, for all columns."""
+    return lax.broadcast_in_dim(x, (TILE, width), [0])
+
+
+def _tanh(x: Any) -> Any:
+    """From the exponential: the GPU's own has eleven bits."""
+    return 1 - 2 / (jnp.exp(2 * x) + 1)

@@ -1,0 +1,205 @@
+"""The kernel for GPUs as the GPU's own compiler takes it, for an H100 that need not be there.
+
+Wants JAX 0.12 and wheels that `lucid_jax.tools.targets.wheels` names; nothing is executed.
+"""
+
+import itertools
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
+
+import lucid_jax as lj
+from lucid_jax.attention.gpu.backend import JAX
+from lucid_jax.tools import inspect, targets
+from lucid_jax.tools.program_text import read_program
+
+TARGET = "gpu:h100"
+WHEELS = targets.wheels(TARGET)
+pytestmark = [
+    pytest.mark.skipif(WHEELS is not None, reason=f"the GPU's compiler comes by: {WHEELS}"),
+    pytest.mark.skipif(jax.__version_info__ < JAX, reason="the kernel wants JAX 0.12"),
+]
+CODECS = {
+    "bf16": lj.codecs.Identity(),
+    "f16": lj.codecs.Identity(),
+    "int8": lj.codecs.Int8(),
+    "fp8": lj.codecs.Float8(),
+    "int4": lj.codecs.Int4(),
+}
+SLOTS = 16384
+WIDTHS = (64, 80, 96, 128, 256)
+# What copies, converts or re-tiles an array.
+MOVES = {"copy", "convert", "transpose", "dynamic-slice", "reshape", "pad"}
+
+
+@pytest.fixture(autouse=True)
+def _looked_at(monkeypatch):
+    """What is compiled is not kept: it is for another machine. The compiler says what it made."""
+    kept = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+    yield
+    jax.config.update("jax_enable_compilation_cache", kept)
+
+
+def compiled(spec, *, dim, group, count=1, batch=8, heads=8, dtype="bfloat16", stacked=False,
+             ragged=False, **options):  # fmt: skip
+    """`attend` of a layer, compiled, and the bytes of its cache and of its largest leaf."""
+    device = targets.open_target(TARGET).devices[0]
+
+    def there(tree):
+        where = SingleDeviceSharding(device)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree)
+
+    def make():
+        return lj.init_cache(
+            spec, num_layers=2, batch_size=batch, num_kv_heads=heads, head_dim=dim, dtype=dtype,
+            stacked=stacked, ragged=ragged,
+        )  # fmt: skip
+
+    state = there(jax.eval_shape(make))
+    query = there(jax.ShapeDtypeStruct((batch, heads * group, count, dim), jnp.dtype(dtype)))
+    with jax.default_device(device):
+        run = jax.jit(lambda s, q: lj.attend(s, q, 1, return_lse=True, **options))
+        program = run.lower(state, query).compile()
+    leaves = [x.size * x.dtype.itemsize for x in jax.tree.leaves(state)]
+    return program, sum(leaves), max(leaves) // (2 if stacked else 1)
+
+
+def moved(text, least):
+    """The instructions that copy, convert or re-tile an array of at least so many bytes."""
+    return [
+        instruction
+        for computation in read_program(text).computations.values()
+        for instruction in computation.instructions.values()
+        if instruction.opcode in MOVES
+        and any(shape.nbytes >= least for shape in instruction.shapes)
+    ]
+
+
+def spilled(capfd):
+    """Bytes of registers that the compiler keeps in memory, of each kernel that it had not met."""
+    said = "".join(capfd.readouterr())
+    return [int(count) for count in re.findall(r"(\d+) bytes spill stores", said)]
+
+
+def check(codec, capfd, *, static=True, **how):
+    """A call runs in the kernel, holds next to nothing and copies nothing of a leaf's size."""
+    layout = lj.Static(SLOTS) if static else lj.Sliding(SLOTS - 96, sinks=4, slack=92)
+    dtype = "float16" if codec == "f16" else "bfloat16"
+    jax.clear_caches()  # a kernel that was lowered already says nothing
+    spilled(capfd)
+    program, cache, leaf = compiled(layout.but(codec=CODECS[codec]), dtype=dtype, **how)
+    text = program.as_text()
+    assert "mosaic_gpu" in text
+    # Of a cache of few heads many programs share a head: their results are some hundred KiB.
+    assert program.memory_analysis().temp_size_in_bytes < max(cache / 16, 2 << 20)
+    assert not moved(text, leaf // 2)
+    return spilled(capfd)
+
+
+OPTIONS = [
+    {"ragged": True}, {"stacked": True}, {"static": False, "ragged": True}, {"count": 4},
+    {"count": 4, "group": 16}, {"batch": 1, "heads": 1}, {"batch": 1, "heads": 1, "group": 16},
+    {"heads": 32, "group": 1}, {"heads": 12, "group": 1}, {"heads": 2, "ragged": True},
+    {"window": 1000, "softcap": 30.0}, {"batch": 64, "heads": 2},
+]  # fmt: skip
+
+
+def _cases(*axes):
+    """All combinations, of which everyday runs try a few."""
+    every = list(itertools.product(*axes))
+    few = every[:: len(every) // 10]
+    return [
+        pytest.param(*case, marks=() if case in few else pytest.mark.exhaustive) for case in every
+    ]
+
+
+@pytest.mark.parametrize("codec, dim, group", _cases(CODECS, WIDTHS, (1, 4, 8, 16)))
+def test_widths_and_groups(codec, dim, group, capfd):
+    """Every width that models have, and every group."""
+    if (codec, dim) == ("int4", 80):
+        pytest.skip("half a byte a number: 40 channels have a scale in common, which are not 16s")
+    spills = check(codec, capfd, dim=dim, group=group)
+    if dim < 256 and (codec, dim) != ("int4", 128):
+        assert not any(spills), spills
+
+
+@pytest.mark.parametrize(
+    "stored, how", _cases([("bf16", 64), ("bf16", 128), ("int8", 128), ("int4", 64)], OPTIONS),
+    ids=str,
+)  # fmt: skip
+def test_shapes_and_options(stored, how, capfd, request):
+    """Rows of different lengths, rings, stacks, several queries, many heads and few."""
+    codec, dim = stored
+    if codec == "int4" and "count" in how:
+        pytest.skip("the walk, entered where something is not finite, holds blocks of float32")
+    if codec == "int8" and how == {"count": 4, "group": 16}:
+        reason = (
+            "of 64 queries the walk's block of scores is more than a sixteenth of a narrow cache"
+        )
+        request.applymarker(pytest.mark.xfail(reason=reason, raises=AssertionError, strict=False))
+    check(codec, capfd, **{"dim": dim, "group": 4, **how})
+
+
+def test_launches_of_a_step():
+    """`extend` of a token: five of the update, and of attention four."""
+    state = jax.eval_shape(
+        lambda: lj.init_cache(
+            lj.Static(8192),
+            num_layers=1,
+            batch_size=8,
+            num_kv_heads=8,
+            head_dim=128,
+            dtype=jnp.bfloat16,
+        )
+    )
+    new = jax.ShapeDtypeStruct((8, 8, 1, 128), jnp.bfloat16)
+    query = jax.ShapeDtypeStruct((8, 32, 1, 128), jnp.bfloat16)
+    steps = {
+        "attend": lambda s, q, k, v: lj.attend(s, q, 0),
+        "update": lambda s, q, k, v: lj.update(s, k, v, 0),
+        "extend": lambda s, q, k, v: lj.extend(s, q, k, v, 0),
+    }
+    reports = {
+        name: inspect(step, state, query, new, new, donate=() if name == "attend" else 0,
+                      target=TARGET)
+        for name, step in steps.items()
+    }  # fmt: skip
+    assert {name: report.launches for name, report in reports.items()} == {
+        "attend": 4, "update": 5, "extend": 9,
+    }  # fmt: skip
+    assert not reports["extend"].faults()
+
+
+def test_each_device_of_a_mesh_runs_the_kernel_on_its_own():
+    """In `shard_map`, rows of different lengths and heads divided."""
+    devices = targets.open_target("gpu:h100:2").devices
+    mesh = jax.sharding.Mesh(devices, ("x",), axis_types=(AxisType.Auto,))
+    state = jax.eval_shape(
+        lambda: lj.init_cache(
+            lj.Static(4096),
+            num_layers=1,
+            batch_size=8,
+            num_kv_heads=8,
+            head_dim=128,
+            dtype=jnp.bfloat16,
+            ragged=True,
+        )
+    )
+    where = lj.shardings(state, mesh, heads="x")
+    specs = jax.tree.map(lambda x: x.spec, where)
+    heads = PartitionSpec(None, "x")
+    state = jax.tree.map(
+        lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), state, where
+    )
+    query = jax.ShapeDtypeStruct((8, 32, 1, 128), jnp.bfloat16, sharding=NamedSharding(mesh, heads))
+    run = jax.shard_map(
+        lambda s, q: lj.attend(s, q, 0), mesh=mesh, in_specs=(specs, heads), out_specs=heads
+    )
+    with jax.default_device(devices[0]):
+        text = jax.jit(run).lower(state, query).compile().as_text()
+    assert "mosaic_gpu" in text and "all-" not in text
