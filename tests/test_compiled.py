@@ -277,21 +277,27 @@ def test_a_ragged_append_reads_no_slots(program, spec):
 
 
 def _outside_of_choices(jaxpr):
-    """Names of the primitives that run whatever is chosen."""
+    """Names of the primitives that run whatever is chosen, and however often loops turn."""
     for equation in jaxpr.eqns:
         yield equation.primitive.name
-        if equation.primitive.name != "cond":
+        if equation.primitive.name not in ("cond", "while"):
             for inner in jax.extend.core.jaxprs_in_params(equation.params):
                 yield from _outside_of_choices(inner)
 
 
+@pytest.mark.parametrize("layout", [lj.Static(64), lj.Sliding(40)], ids=lambda x: type(x).__name__)
 @pytest.mark.parametrize("ragged", [False, True], ids=["aligned", "ragged"])
-def test_an_append_that_completes_no_group_quantizes_none(ragged):
+def test_an_append_that_completes_no_group_quantizes_and_writes_none(ragged, layout):
     """Of KIVI's appends one in a group has that to do; on TPU it was most of what each of them cost."""
-    state = _state(64, ragged, codec=lj.codecs.KIVI(16, 8))
+    state = make(layout.but(codec=lj.codecs.KIVI(16, 8)), ragged=ragged, heads=HEADS, dim=DIM,
+                 value_dim=DIM, batch=B)  # fmt: skip
     new = _new()
-    ran = set(_outside_of_choices(jax.make_jaxpr(lambda s: lj.update(s, new, new, 0))(state).jaxpr))
-    assert "cond" in ran and not ran & {"round", "reduce_min", "reduce_max"}
+    ran = list(
+        _outside_of_choices(jax.make_jaxpr(lambda s: lj.update(s, new, new, 0))(state).jaxpr)
+    )
+    assert "cond" in ran and not {*ran} & {"round", "reduce_min", "reduce_max"}
+    writes = ("scatter", "dynamic_update_slice")
+    assert sum(map(ran.count, writes)) == 2  # to the tail
 
 
 @pytest.mark.whole
