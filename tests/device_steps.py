@@ -206,23 +206,6 @@ KNOWN = (
         targets=TPUS,
     ),
     Known(
-        "a chunk is scattered into a ring, for which its leaves are laid out anew; to be mended",
-        verbs=("extend of 8",),
-        layouts=("sliding", "chunked"),
-        targets=TPUS,
-    ),
-    Known(
-        "a scatter by position lays leaves out anew; to be mended",
-        verbs=("write at",),
-        targets=TPUS,
-    ),
-    Known(
-        "a token's update of stacked layers, alone in a scan, copies the stack; to be mended",
-        verbs=("update",),
-        rows=("stacked",),
-        targets=TPUS,
-    ),
-    Known(
         "float32 scores of all slots are more than a sixteenth of a narrow cache",
         verbs=("decode",),
         codecs=("int8", "fp8", "int4", "kivi"),

@@ -56,3 +56,43 @@ def test_crop_gathers_no_slots_on_a_tpu(ragged, stacked):
     crop = jax.jit(functools.partial(lj.crop, max_length=9))
     text = crop.trace(state).lower(lowering_platforms=("tpu",)).as_text()
     assert '"stablehlo.gather"' not in text
+
+
+CHUNKS = (1, 7, 2, 30, 3)  # one of them longer than the rings below
+
+
+@pytest.mark.parametrize("stacked", [False, True], ids=["layers", "stacked"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        lj.Static(50),
+        lj.Static(50, lj.codecs.Int8()),
+        lj.Sliding(20, 3, 4),
+        lj.Sliding(2),
+        lj.Sliding(24, 3, 4, lj.codecs.KIVI(4, 8)),
+        lj.Chunked(16, slack=4),
+    ],
+    ids=repr,
+)
+def test_what_a_tpu_writes_is_the_same(spec, stacked, monkeypatch):
+    """Windows, and tokens one by one, where others scatter."""
+    sizes = {"batch": 2, "heads": 2, "dim": 16, "value_dim": 16}
+    tokens = jax.random.normal(jax.random.key(0), (2, 2, sum(CHUNKS), 16))
+
+    def appended(tokens):
+        state, first = make(spec, layers=2, stacked=stacked, **sizes), 0
+        for count in CHUNKS:
+            new = tokens[:, :, first : first + count]
+            state, first = lj.update(state, new, -new, 1), first + count
+        if not spec.codec.tail:  # a group of tokens cannot be written over
+            new = tokens[:, :, :4]
+            # Of two tokens for one place one is dropped; a place is skipped.
+            places = lj.seq_length(state, 1) + jnp.array([-1, 1, 1, -2], jnp.int32)
+            state = lj.update(state, new, -new, 1, places)
+        return state
+
+    expected = jax.jit(appended)(tokens)
+    assert not np.any(lj.overflowed(expected))
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, tpu, default: tpu(*args))
+    on_a_tpu = jax.jit(lambda tokens: appended(tokens))(tokens)
+    jax.tree.map(np.testing.assert_array_equal, on_a_tpu, expected)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lucid_jax.cache import derive, tail
-from lucid_jax.cache.buffers import Rows
+from lucid_jax.cache.buffers import Rows, turned
 from lucid_jax.cache.carry import varying_as
 from lucid_jax.cache.layouts.contiguous import Contiguous
 from lucid_jax.cache.packing import Packed, Tokens, decoded, encoded
@@ -184,15 +184,61 @@ def _write_dense(
 def _write_around(
     layer: TokenLayer, chunk: Chunk, width: int, leaf: jax.Array, tokens: jax.Array
 ) -> jax.Array:
-    """A scatter; of a chunk longer than a ring only the latest tokens are stored."""
+    """Of a chunk longer than a ring only the latest tokens are stored."""
+
+    def put(leaf: jax.Array, tokens: jax.Array) -> jax.Array:
+        return _scatter_around(layer, chunk, width, leaf, tokens)
+
+    def put_runs(leaf: jax.Array, tokens: jax.Array) -> jax.Array:
+        return _write_runs_around(layer, chunk, width, leaf, tokens)
+
+    if layer.ragged:
+        return put(leaf, tokens)
+    if width == 1:
+        return put_runs(leaf, tokens)
+    # For the scatter XLA on TPU copies the ring; for two windows XLA on CPU does.
+    written: jax.Array = lax.platform_dependent(leaf, tokens, tpu=put_runs, default=put)
+    return written
+
+
+def _scatter_around(
+    layer: TokenLayer, chunk: Chunk, width: int, leaf: jax.Array, tokens: jax.Array
+) -> jax.Array:
     position = span(chunk.first, width)
     lasting = derive.lasting(layer.layout, position, layer.start, chunk.first + chunk.stored)
-    slot = layer.slot_of(position)
     # By number, as padding may lie past what int32 can count.
     real = (span(jnp.zeros_like(chunk.stored), width) < chunk.stored[..., None]) & lasting
-    if width == 1 and not layer.ragged:
-        return layer.buffer.write_window(leaf, tokens, slot[0], real)
-    return layer.buffer.write_at(leaf, tokens, jnp.where(real, slot, layer.num_slots))
+    target = jnp.where(real, layer.slot_of(position), layer.num_slots)
+    return layer.buffer.write_at(leaf, tokens, target)
+
+
+def _write_runs_around(
+    layer: TokenLayer, chunk: Chunk, width: int, leaf: jax.Array, tokens: jax.Array
+) -> jax.Array:
+    """Windows of all rows: one where the chunk begins, and one where it goes on if it wraps."""
+    slots, pinned = layer.num_slots, layer.layout.pinned
+    size, first = min(width, slots), layer.slot_of(chunk.first)
+    # The slots where runs of the chunk begin, and the token that comes first there.
+    runs = [(first, jnp.int32(0)), (jnp.int32(pinned), slots - first)]
+    longer = width > slots - pinned
+    if longer or width == 1:  # one window has all, or nothing wraps
+        del runs[1]
+    stop = chunk.first + chunk.stored
+    for start, token in runs:
+        begin = jnp.minimum(start, slots - size)
+        held = derive.counted(layer.layout, span(begin, size), layer.start, stop)
+        # The token for each slot of the window, if it is of this chunk, and of this run.
+        source = held - chunk.first
+        fresh = (source >= 0) & (source < chunk.stored)
+        moved = tokens
+        if longer:
+            moved = Rows().take(tokens, source)
+        elif len(runs) > 1:
+            turn = begin - start + token
+            moved = turned(tokens, turn)
+            fresh &= source == span(turn, size)
+        leaf = layer.buffer.write_window(leaf, moved, begin, fresh)
+    return leaf
 
 
 def _put_groups(layer: TokenLayer, chunk: Chunk, new: Packed) -> Packed:

@@ -3,7 +3,7 @@
 Every verb reads and writes slots by these methods alone, leaf by leaf. Each touches O(slots written),
 never O(S), and compiles to in-place updates of a donated or loop-carried leaf. Slot numbers are int32,
 [...] for all rows alike or [B, ...] per row. Another buffer overrides what names an axis of the leaf:
-the methods before `write_window`; the loops after it follow.
+the methods before `slots`; what comes after it follows.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from lucid_jax.cache.tiles import lies_on_lanes
 _ZERO_BLOCK = 64  # slots cleared per loop turn
 _MOVE_BLOCK = 256  # slots moved per loop turn
 _TAIL_BLOCK = 32  # the same, where only the latest few are to be moved
+_LEAST = 4  # slots that are written together
 
 
 @struct.dataclass
@@ -86,9 +87,8 @@ class Rows:
         )
         return scatter(leaf, begin[:, None], tokens, windows)
 
-    def write_at(self, leaf: jax.Array, tokens: jax.Array, slots: jax.Array) -> jax.Array:
-        """Scatters tokens to distinct slots [T] or [B, T]; a slot number of S drops its token."""
-        slots = self.distinct(leaf, slots)
+    def scatter_at(self, leaf: jax.Array, tokens: jax.Array, slots: jax.Array) -> jax.Array:
+        """`write_at` as one scatter, of slot numbers of which also the dropped ones are distinct."""
         rows = (0,) * (slots.ndim - 1)  # one window per token; the slot axis stays, of size 1
         windows = lax.ScatterDimensionNumbers(
             update_window_dims=(*range(len(rows), 2), *range(3, leaf.ndim + 1)),
@@ -126,6 +126,30 @@ class Rows:
         order = lax.broadcasted_iota(jnp.int32, slots.shape, slots.ndim - 1)
         return jnp.where(slots < capacity, slots, capacity + order)
 
+    def write_at(self, leaf: jax.Array, tokens: jax.Array, slots: jax.Array) -> jax.Array:
+        """Writes tokens to distinct slots [T] or [B, T]; a slot number of S drops its token."""
+        slots = self.distinct(leaf, slots)
+        if slots.ndim > 1:
+            return self.scatter_at(leaf, tokens, slots)
+        written: jax.Array = lax.platform_dependent(
+            leaf, tokens, slots, tpu=self._write_each, default=self.scatter_at
+        )
+        return written
+
+    def _write_each(self, leaf: jax.Array, tokens: jax.Array, slots: jax.Array) -> jax.Array:
+        """Token by token: for a scatter to the same slots of all rows XLA on TPU copies the leaf."""
+        last = self.slots(leaf) - 1
+
+        def one(leaf: jax.Array, x: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+            number, slot = x
+            token = Rows().read(tokens, number, 1)
+            begin = jnp.minimum(slot, last)
+            return self.write_window(leaf, token, begin, slot[None] <= last), None
+
+        each = (lax.iota(jnp.int32, len(slots)), slots)
+        written: jax.Array = lax.scan(one, varying_as(leaf, tokens, slots), each)[0]
+        return written
+
     def write_window(
         self, leaf: jax.Array, tokens: jax.Array, begin: jax.Array, fresh: jax.Array
     ) -> jax.Array:
@@ -140,8 +164,34 @@ class Rows:
             begin: int32 [], first slot of the window, in [0, S - W].
             fresh: bool [W] or [B, W], window slots to overwrite.
         """
-        old = self.read(leaf, begin, tokens.shape[2])
+        args = (leaf, tokens, begin, fresh)
+        if tokens.shape[2] >= min(_LEAST, self.slots(leaf)):
+            return self._write_window(*args)
+        written: jax.Array = lax.platform_dependent(
+            *args, tpu=self._write_wider_window, default=self._write_window
+        )
+        return written
+
+    def _write_window(
+        self, leaf: jax.Array, tokens: jax.Array, begin: jax.Array, fresh: jax.Array
+    ) -> jax.Array:
+        old = self.read(leaf, begin, fresh.shape[-1])
         return self.write(leaf, jnp.where(along_slots(fresh, old), tokens, old), begin)
+
+    def _write_wider_window(
+        self, leaf: jax.Array, tokens: jax.Array, begin: jax.Array, fresh: jax.Array
+    ) -> jax.Array:
+        """For fewer slots XLA on TPU lays a leaf out anew, and copies it around the loop it is in."""
+        slots, width = self.slots(leaf), fresh.shape[-1]
+        least = min(slots, _LEAST)
+        wide = jnp.minimum(begin, slots - least)
+        source = span(wide - begin, least)  # the token for each slot of the wider window
+        index = jnp.clip(source, 0, width - 1)
+        fresh = jnp.take(fresh, index, axis=-1)
+        fresh &= jnp.broadcast_to(source == index, fresh.shape)
+        # One token need not be looked up: it goes to each slot of the window that is fresh.
+        tokens = Rows().take(tokens, index) if width > 1 else tokens
+        return self._write_window(leaf, tokens, wide, fresh)
 
     def clear(self, leaf: jax.Array, start: jax.Array, stop: jax.Array) -> jax.Array:
         """Zeroes slots [start, stop), each int32 [] or [B]."""
@@ -191,6 +241,15 @@ def scatter(
     """Writes windows that do not overlap and drops those which do not lie inside the leaf."""
     drop = lax.GatherScatterMode.FILL_OR_DROP
     return lax.scatter(leaf, start, new, windows, unique_indices=True, mode=drop)
+
+
+def turned(tokens: jax.Array, by: jax.Array) -> jax.Array:
+    """Tokens (B, H, W, ...) turned around, so that number `by % W` (int32 []) comes first.
+
+    Read as a window: numbers that are looked up make XLA on TPU copy the leaf that they are written to.
+    """
+    width = tokens.shape[2]
+    return Rows().read(jnp.concatenate([tokens, tokens], axis=2), by % width, width)
 
 
 # --- loops over blocks of slots, each with the gradient of the same map written at once ------------

@@ -91,7 +91,7 @@ class Stacked(Rows):
         )
         return scatter(leaf, self._numbered(begin), jnp.expand_dims(tokens, 1), windows)
 
-    def write_at(self, leaf: jax.Array, tokens: jax.Array, slots: jax.Array) -> jax.Array:
+    def scatter_at(self, leaf: jax.Array, tokens: jax.Array, slots: jax.Array) -> jax.Array:
         rows = slots.ndim - 1
         windows = lax.ScatterDimensionNumbers(
             update_window_dims=(rows, *range(rows + 1, 3), *range(4, leaf.ndim + 1)),
@@ -100,8 +100,8 @@ class Stacked(Rows):
             operand_batching_dims=(1,) * rows,
             scatter_indices_batching_dims=(0,) * rows,
         )
-        index = self._numbered(self.distinct(leaf, slots))
-        return scatter(leaf, index, jnp.expand_dims(tokens, (rows, 4)), windows)
+        tokens = jnp.expand_dims(tokens, (rows, 4))
+        return scatter(leaf, self._numbered(slots), tokens, windows)
 
     def read_row(self, leaf: jax.Array, row: jax.Array, begin: jax.Array, size: int) -> jax.Array:
         return self._cut(leaf, row, begin, 1, size)

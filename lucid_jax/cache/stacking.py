@@ -15,9 +15,7 @@ def stack(state: CacheState) -> CacheState:
 
     For models that scan over their layers: leaves are (L, B, H, S, ...), verbs take a traced
     `layer_idx`, and a `scan` that carries the state writes in place. Copies all; a stacked state comes
-    back as it is. For TPU (v5e, jax 0.10.2) XLA gives a stack another layout inside a loop, and so
-    copies it where the loop begins and ends; with `implementation="dense"` inside too, which is why no
-    platform chooses that for stacks.
+    back as it is.
 
     Args:
         state: a cache, which stays valid; of an encoder and decoder, one part.
