@@ -201,8 +201,25 @@ TPUS = FACTORS.target[:3]
 GPU = FACTORS.target[3:]
 KNOWN = (
     Known(
-        "codes of less than 128 bytes a token are laid out anew, whole; to be mended",
+        "a scatter by position lays leaves of less than 128 bytes a token out anew; to be mended",
+        verbs=("write at",),
+        codecs=("int4",),
+        targets=TPUS,
+    ),
+    Known(
+        "a chunk is scattered into a ring whose leaves are of less than 128 bytes a token, for which "
+        "they are laid out anew; to be mended",
+        verbs=("update of 8", "extend of 8"),
+        layouts=("sliding", "chunked"),
+        codecs=("int4",),
+        targets=TPUS,
+    ),
+    Known(
+        "a scatter in a loop over layers lays leaves of less than 128 bytes a token out anew; to be "
+        "mended",
+        verbs=tuple(BY_LAYER),
         codecs=("int4", "kivi"),
+        rows=("stacked ragged",),
         targets=TPUS,
     ),
     Known(

@@ -96,3 +96,15 @@ def test_what_a_tpu_writes_is_the_same(spec, stacked, monkeypatch):
     monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, tpu, default: tpu(*args))
     on_a_tpu = jax.jit(lambda tokens: appended(tokens))(tokens)
     jax.tree.map(np.testing.assert_array_equal, on_a_tpu, expected)
+
+
+@pytest.mark.parametrize("divided", [False, True])
+def test_leaves_of_a_stack_are_told_to_lie_as_they_do_on_a_tpu(divided):
+    """Of few numbers a token they were copied around loops; those that are divided are not told."""
+    state = make(lj.Static(600), layers=2, stacked=True, batch=2)
+    if divided:
+        mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+        state = jax.device_put(state, lj.shardings(state, mesh, batch="x"))
+    crop = jax.jit(functools.partial(lj.crop, max_length=9))
+    text = crop.trace(state).lower(lowering_platforms=("tpu",)).as_text()
+    assert ("LayoutConstraint" in text) != divided

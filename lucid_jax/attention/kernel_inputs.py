@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType
 
 from lucid_jax.attention.softmax import Reader, Running
 from lucid_jax.cache.codecs import Form, Rotated
@@ -68,12 +67,3 @@ def interpreted() -> bool:
     call = pl.pallas_call(lambda x, y: None, out_shape=one)
     (traced,) = jax.make_jaxpr(call)(one).eqns
     return bool(traced.params["interpret"])
-
-
-def divided_by_compiler(leaf: jax.Array) -> bool:
-    """Whether an array lies on a mesh of several devices whose work the compiler divides."""
-    for mesh in (jax.typeof(leaf).sharding.mesh, jax.sharding.get_abstract_mesh()):
-        sizes = zip(mesh.axis_types, mesh.axis_sizes, strict=True)
-        if any(kind != AxisType.Manual and size > 1 for kind, size in sizes):
-            return True
-    return False

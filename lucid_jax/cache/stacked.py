@@ -21,6 +21,7 @@ from lucid_jax.cache.allocation import INT32_MAX
 from lucid_jax.cache.argument_checks import as_integers, is_traced
 from lucid_jax.cache.buffers import Rows, scatter
 from lucid_jax.cache.carry import varying_as
+from lucid_jax.cache.tiles import as_it_lies
 from lucid_jax.cache.tokens import TokenLayer
 
 Counters = dict[str, jax.Array]
@@ -131,12 +132,18 @@ class Stacked(Rows):
         self, leaf: jax.Array, row: jax.Array, begin: jax.Array, rows: int, size: int
     ) -> jax.Array:
         shape = (1, rows, leaf.shape[2], size, *leaf.shape[4:])
-        return lax.dynamic_slice(leaf, self._at(leaf, row, begin), shape)[0]
+        return lax.dynamic_slice(_kept(leaf), self._at(leaf, row, begin), shape)[0]
 
     def _paste(
         self, leaf: jax.Array, tokens: jax.Array, row: jax.Array, begin: jax.Array
     ) -> jax.Array:
-        return lax.dynamic_update_slice(leaf, tokens[None], self._at(leaf, row, begin))
+        at = self._at(leaf, row, begin)
+        return _kept(lax.dynamic_update_slice(_kept(leaf), tokens[None], at))
+
+
+def _kept(leaf: jax.Array) -> jax.Array:
+    """A stack's leaf as it lies: its layers are gone through in a loop, their slots in one inside."""
+    return as_it_lies(leaf) if leaf.ndim > 4 else leaf
 
 
 class LayerLike(NamedTuple):

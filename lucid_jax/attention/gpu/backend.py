@@ -18,7 +18,6 @@ from lucid_jax.attention.gpu import pieces
 from lucid_jax.attention.gpu.plan import SLOTS, TILE, Plan
 from lucid_jax.attention.kernel_inputs import (
     added_to_scores,
-    divided_by_compiler,
     interpreted,
     joined,
     layer_number,
@@ -41,6 +40,7 @@ from lucid_jax.cache.codecs import Form
 from lucid_jax.cache.codecs.numerics import doubled
 from lucid_jax.cache.packing import Packed
 from lucid_jax.cache.reading import SlotRun
+from lucid_jax.cache.tiles import divided_by_compiler
 
 JAX = (0, 12)  # of which Mosaic GPU's interface, and its interpreter, is
 ROWS = 8  # what shared memory is laid out in

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 
 from lucid_jax.attention.kernel_inputs import (
     added_to_scores,
-    divided_by_compiler,
     interpreted,
     joined,
     layer_number,
@@ -36,7 +35,7 @@ from lucid_jax.attention.softmax import (
 from lucid_jax.attention.walk import ByBlocks, attention, each_block
 from lucid_jax.cache.packing import Packed
 from lucid_jax.cache.reading import SlotRun
-from lucid_jax.cache.tiles import ROWS, lies_on_lanes
+from lucid_jax.cache.tiles import ROWS, divided_by_compiler, lies_on_lanes
 
 BLOCK_BYTES = 1 << 20  # of one leaf: half of that or less leaves the memory waiting between blocks
 MOST_BYTES = 1 << 21  # of one leaf: two leaves, each twice, lie beside all else in 16 MiB
