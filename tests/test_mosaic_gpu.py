@@ -144,6 +144,22 @@ def test_heads_of_every_width(dim, codec):
 
 
 @interprets
+@pytest.mark.parametrize("dim, codec", [(64, "identity"), (256, "int8"), (128, "int4")])
+def test_what_is_read_in_many_turns_races_with_nothing(dim, codec, monkeypatch):
+    """By one program and one warpgroup, or two: what is brought waits for what is read."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    raises = MosaicGPU(interpret=plgpu.InterpretGPUParams(detect_races=True), programs=1)
+    monkeypatch.setitem(backends._BY_NAME, "kernel", raises)
+    spec = lj.Static(1100, CODECS[codec])
+    state = make(spec, ragged=True, dim=dim, value_dim=dim, dtype="bfloat16")
+    for seed in range(3):
+        new = [jnp.asarray(x, "bfloat16") for x in tokens(seed, B, 300, dim=dim, value_dim=dim)]
+        state = lj.update(state, *new, 0, lengths=[300, 20])
+    agree(*both(state, asked(0, 1, dim, "float32")))
+
+
+@interprets
 def test_decoding_goes_on_as_with_the_walk():
     """Chunks and single tokens through a ring, rows of different lengths, layers stacked."""
     state = make(

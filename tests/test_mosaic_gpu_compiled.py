@@ -124,8 +124,9 @@ def test_widths_and_groups(codec, dim, group, capfd):
     if (codec, dim) == ("int4", 80):
         pytest.skip("half a byte a number: 40 channels have a scale in common, which are not 16s")
     spills = check(codec, capfd, dim=dim, group=group)
-    if dim < 256 and (codec, dim) != ("int4", 128):
-        assert not any(spills), spills
+    # Of groups whose scores add up in registers, some bytes a thread lie in memory for a while.
+    most = {("int4", 128): 16, ("int4", 256): 512}.get((codec, dim), 0)
+    assert max(spills, default=0) <= most, spills
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,8 @@ def softmax(
         grid=(plan.splits, plan.heads, plan.batch),
         grid_names=("split", "head", "row"),
         kernel_name="lucid_jax_decode",
+        num_threads=plan.threads if plan.threads > 1 else None,
+        thread_name="half" if plan.threads > 1 else None,
         scratch_types=_scratch(plan),
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=plan.interpret,
@@ -99,8 +101,12 @@ def _scratch(plan: Plan) -> dict[str, Any]:
     def copies(cut: Cut) -> int:
         return 1 if cut.coded else cut.count
 
+    places: dict[str, Any] = {name: shared(name) for name in arrays}
+    for one, other in plan.same_place(stages):
+        places[f"{one}, {other}"] = plgpu.RefUnion(places.pop(one), places.pop(other))
     return {
-        **{name: shared(name) for name in arrays},
+        **places,
+        **({"both_here": plgpu.Barrier(num_arrivals=2)} if plan.threads > 1 else {}),
         "query_here": plgpu.Barrier(num_arrivals=plan.parts * plan.key.count),
         "alive_here": plgpu.Barrier(num_barriers=AHEAD * stages),
         "key_here": plgpu.Barrier(num_arrivals=copies(plan.key) + plan.many, num_barriers=stages),

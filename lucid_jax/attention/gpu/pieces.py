@@ -116,11 +116,11 @@ def arrays_of(cut: Cut, stored: Any) -> Piece:
 # --- inside the kernel -------------------------------------------------------------------------------
 
 
-def widened(cut: Cut, codes: jax.Array, side: int) -> jax.Array:
+def widened(cut: Cut, codes: jax.Array, side: Any) -> jax.Array:
     """Codes, a byte each or two a byte, as numbers that are exact in bfloat16."""
     if isinstance(cut.form, Nibbles):
-        wide = codes.astype(jnp.int32)
-        return ((wide >> 4) if side else (wide & 15)).astype(jnp.float32).astype(jnp.bfloat16)
+        four_bits: jax.Array = (codes.astype(jnp.int32) >> (4 * side)) & 15
+        return four_bits.astype(jnp.float32).astype(jnp.bfloat16)
     assert isinstance(cut.form, Scaled)
     if cut.form.code == "int8":
         return codes.astype(jnp.float32).astype(jnp.bfloat16)

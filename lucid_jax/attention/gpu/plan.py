@@ -61,10 +61,21 @@ class Plan:
         return -(-self.blocks // self.splits)
 
     @property
+    def threads(self) -> int:
+        """Warpgroups of a program: where values are of several pieces, two have half of them each."""
+        count, groups = self.value.count, self.value.groups
+        return 2 if count % 2 == 0 and (groups == 1 or groups % 2 == 0) else 1
+
+    @property
+    def own(self) -> int:
+        """Pieces of the values that a warpgroup mixes."""
+        return self.value.count // self.threads
+
+    @property
     def stages(self) -> int:
         """Blocks that are on their way or read at a time."""
-        free = SHARED_BYTES - self._bytes(0)
-        return max(1, min(MOST_STAGES, self.turns, free // (self._bytes(1) - self._bytes(0))))
+        fitting = (n for n in range(1, MOST_STAGES + 1) if self._bytes(n) <= SHARED_BYTES)
+        return min(max(fitting, default=1), self.turns)
 
     @property
     def fits(self) -> bool:
@@ -72,7 +83,7 @@ class Plan:
         return self._bytes(1) <= SHARED_BYTES
 
     def arrays(self, stages: int) -> dict[str, tuple[tuple[int, ...], Any]]:
-        """Shape and dtype of what a program holds in shared memory."""
+        """Shape and dtype of what a program holds in shared memory; see `same_place`."""
         wide: dict[str, tuple[tuple[int, ...], Any]] = {}
         for name, cut in (("key", self.key), ("value", self.value)):
             shape = (cut.count, SLOTS, cut.width)
@@ -84,21 +95,33 @@ class Plan:
         return {
             **wide,
             "query": ((self.parts, self.key.count, TILE, self.key.width), self.key.dtype),
-            "weights": ((WEIGHTS, TILE, SLOTS), self.value.dtype),
+            "weights": ((self.threads, WEIGHTS, TILE, SLOTS), self.value.dtype),
             "alive": ((AHEAD * stages, SLOTS), jnp.float32),
             **({"bias": ((stages, TILE, SLOTS), jnp.float32)} if self.many else {}),
-            "mixed": ((TILE, self.value.width), jnp.float32),
+            "mixed": ((self.threads, TILE, self.value.width), jnp.float32),
             "stats": ((2, TILE), jnp.float32),
             **(
-                {"beside": ((SLOTS,), jnp.float32)}
+                {"beside": ((self.threads, SLOTS), jnp.float32)}
                 if max(self.key.groups, self.value.groups) > 1
                 else {}
             ),
         }
 
+    def same_place(self, stages: int) -> tuple[tuple[str, str], ...]:
+        """Of which arrays the second lies where the first was, which is of no use any more by then."""
+        sizes = self._sizes(stages)
+        last = max(("key_read", "query"), key=sizes.__getitem__), "mixed"
+        coded = self.key.coded and self.value.coded
+        return (last, ("key_wide", "value_wide")) if coded else (last,)
+
+    def _sizes(self, stages: int) -> dict[str, int]:
+        return {
+            name: math.prod(shape) * jnp.dtype(dtype).itemsize
+            for name, (shape, dtype) in self.arrays(stages).items()
+        }
+
     def _bytes(self, stages: int) -> int:
         """Shared memory of a program."""
-        return sum(
-            math.prod(shape) * jnp.dtype(dtype).itemsize
-            for shape, dtype in self.arrays(stages).values()
-        )
+        sizes = self._sizes(stages)
+        twice = (min(sizes[name] for name in names) for names in self.same_place(stages))
+        return sum(sizes.values()) - sum(twice)

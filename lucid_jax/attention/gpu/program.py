@@ -22,13 +22,23 @@ _ROW, _COL = _TILED.reduce(1), _TILED.reduce(0)  # of one number a row, and one 
 
 
 class Program:
-    """The program of one KV head of a row, for its share of the blocks."""
+    """The program of one KV head of a row, for its share of the blocks.
+
+    If it has two warpgroups, each scores all keys and mixes half of the values' channels; the first
+    has brought what both read.
+    """
 
     def __init__(
         self, plan: Plan, scratch: dict[str, Any], outs: Any, queries: Any, sums: Any, key: Any,
         value: Any, added: Any, alive: Any, number: Any,
     ) -> None:  # fmt: skip
-        self.plan, self.scratch, self.outs = plan, scratch, outs
+        self.plan, self.outs = plan, outs
+        self.scratch: dict[str, Any] = {}
+        for names, place in scratch.items():
+            each = names.split(", ")
+            self.scratch |= dict(zip(each, place if len(each) > 1 else [place], strict=True))
+        self.half = lax.axis_index("half") if plan.threads > 1 else 0
+        self.first = self.half == 0
         self.queries, self.sums, self.key, self.value = queries, sums, key, value
         self.added, self.alive = added, alive
         split, head, row = (lax.axis_index(name) for name in ("split", "head", "row"))
@@ -40,13 +50,17 @@ class Program:
     def __call__(self) -> None:
         """Reads the program's blocks, some ahead, and writes its softmax."""
         plan, held = self.plan, self.scratch
-        for part in range(plan.parts):
-            for piece in range(plan.key.count):
-                plgpu.copy_gmem_to_smem(
-                    self.queries.at[self.row, self.head, part, :, _channels(plan.key, piece)],
-                    held["query"].at[part, piece, pl.ds(0, plan.rows)],
-                    held["query_here"],
-                )
+
+        @pl.when(self.first)
+        def _() -> None:
+            for part in range(plan.parts):
+                for piece in range(plan.key.count):
+                    plgpu.copy_gmem_to_smem(
+                        self.queries.at[self.row, self.head, part, :, _channels(plan.key, piece)],
+                        held["query"].at[part, piece, pl.ds(0, plan.rows)],
+                        held["query_here"],
+                    )
+
         for turn in range(AHEAD * plan.stages):
             self._look(jnp.int32(turn))
         for turn in range(plan.stages):
@@ -55,6 +69,8 @@ class Program:
 
         def step(turn: Any, carry: Any) -> Any:
             carry = lax.cond(self._seen(turn), partial(self._read, turn), lambda x: x, carry)
+            plgpu.commit_smem()  # what was read may be written over
+            self._meet()
             self._look(turn + AHEAD * plan.stages)
             self._fetch(turn + plan.stages)
             return carry
@@ -62,26 +78,42 @@ class Program:
         start = (
             plgpu.layout_cast(jnp.full((TILE,), -jnp.inf, jnp.float32), _ROW),
             plgpu.layout_cast(jnp.zeros((TILE,), jnp.float32), _ROW),
-            (_zeros(plan.value.width),) * plan.value.count,
+            (_zeros(plan.value.width),) * plan.own,
         )
         self._write(*lax.fori_loop(jnp.int32(0), jnp.int32(plan.turns), step, start))
 
     def _write(self, top: Any, total: Any, acc: Any) -> None:
         plan, held, at = self.plan, self.scratch, (self.row, self.head, self.split)
         top_out, total_out, mixed_out = self.outs
-        held["stats"][0] = top
-        held["stats"][1] = total
-        for piece, mixed in enumerate(acc):
-            held["mixed"][...] = mixed
+        buffer = held["mixed"].at[self.half]
+        for i, mixed in enumerate(acc):
+            buffer[...] = mixed
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(
-                held["mixed"].at[pl.ds(0, plan.rows)],
-                mixed_out.at[(*at, slice(None), _channels(plan.value, piece))],
+                buffer.at[pl.ds(0, plan.rows)],
+                mixed_out.at[(*at, slice(None), _channels(plan.value, self._piece(i)))],
             )
             plgpu.wait_smem_to_gmem(0)
-        for i, out in enumerate((top_out, total_out)):
-            plgpu.copy_smem_to_gmem(held["stats"].at[i, pl.ds(0, plan.rows)], out.at[at])
-        plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(self.first)
+        def _() -> None:
+            for i, (out, stat) in enumerate(((top_out, top), (total_out, total))):
+                held["stats"][i] = stat
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(held["stats"].at[i, pl.ds(0, plan.rows)], out.at[at])
+            plgpu.wait_smem_to_gmem(0)
+
+    # --- two warpgroups ----------------------------------------------------------------------------
+
+    def _meet(self) -> None:
+        """Neither goes on before both are here."""
+        if self.plan.threads > 1:
+            plgpu.barrier_arrive(self.scratch["both_here"])
+            plgpu.barrier_wait(self.scratch["both_here"])
+
+    def _piece(self, i: int) -> Any:
+        """The warpgroup's i-th piece of the values."""
+        return self.half * self.plan.own + i
 
     # --- what is read ------------------------------------------------------------------------------
 
@@ -112,7 +144,7 @@ class Program:
         """Has brought what is seen of a block."""
         held, ring = self.scratch, lax.rem(turn, jnp.int32(AHEAD * self.plan.stages))
 
-        @pl.when(self._exists(turn))
+        @pl.when(self._exists(turn) & self.first)
         def _() -> None:
             plgpu.copy_gmem_to_smem(
                 self.alive.at[self.mask_row, self.mask_head, self._block(turn)],
@@ -129,7 +161,7 @@ class Program:
             ring = lax.rem(turn, jnp.int32(AHEAD * plan.stages))
             plgpu.barrier_wait(held["alive_here"].at[ring])
 
-        @pl.when(self._seen(turn))
+        @pl.when(self._seen(turn) & self.first)
         def _() -> None:
             stage, slots = self._stage(turn), self._slots(turn)
             if plan.many:
@@ -166,8 +198,7 @@ class Program:
             added = _load(bias, _TILED)
         else:
             added = _down(self._alive(turn, _COL))
-        hidden = added == -jnp.inf
-        score = jnp.where(hidden, -jnp.inf, score + added)
+        score = jnp.where(added == -jnp.inf, -jnp.inf, score + added)
 
         now = jnp.maximum(top, jnp.max(score, axis=1))
         shift = jnp.where(now == -jnp.inf, 0.0, now)
@@ -179,20 +210,22 @@ class Program:
         plgpu.barrier_wait(held["value_here"].at[stage])
         values = self._values(turn)
         mixed = list(acc)
-        for group in range(plan.value.groups):
-            scaled, shifted = self._scaled(turn, group, weights, hidden)
+        groups = max(1, plan.value.groups // plan.threads)  # of the warpgroup's own pieces
+        for group in range(groups):
+            first = self.half * groups if plan.value.groups > 1 else 0
+            scaled, shifted = self._scaled(turn, first + group, weights)
             self._store_weights(scaled)
-            for piece in range(plan.value.count):
-                if plan.value.group_of(piece) == group:
-                    mixed[piece] = mixed[piece] + self._mixed(values.at[piece])
+            for i in range(plan.own):
+                if i * groups // plan.own == group:
+                    mixed[i] = mixed[i] + self._mixed(values.at[self._piece(i)])
                     if shifted is not None:
-                        mixed[piece] = mixed[piece] + _across(shifted, plan.value.width)
+                        mixed[i] = mixed[i] + _across(shifted, plan.value.width)
         return now, total, tuple(mixed)
 
     def _scores(self, turn: Any) -> Any:
         """Products of all rows and a block's keys, float32 (64, slots)."""
         plan, cut = self.plan, self.plan.key
-        keys = self._wide("key", self.plan.key, turn)
+        keys = self._keys(turn)
         query = self.scratch["query"]
 
         def product(group: int) -> Any:
@@ -218,21 +251,21 @@ class Program:
             score = one if score is None else score + one
         return score * plan.scale
 
-    def _scaled(self, turn: Any, group: int, weights: Any, hidden: Any) -> tuple[Any, Any]:
+    def _scaled(self, turn: Any, group: Any, weights: Any) -> tuple[Any, Any]:
         """Weights times half of the values' scales, and the sum of those times half of the offsets."""
         if not self.plan.value.coded:
             return weights, None
 
         def times(name: str) -> Any:
             half = self._beside(self.value, name, turn, group) * 0.5
-            return jnp.where(hidden, 0.0, weights * _down(half))
+            return weights * _down(jnp.where(self._alive(turn, _COL) == -jnp.inf, 0.0, half))
 
         shifted = jnp.sum(times("offset"), axis=1) if "offset" in self.value else None
         return times("scale"), shifted
 
     def _store_weights(self, weights: Any) -> None:
         """Weights as two numbers of 16 bits each, for the tensor cores."""
-        held, dtype = self.scratch["weights"], self.plan.value.dtype
+        held, dtype = self.scratch["weights"].at[self.half], self.plan.value.dtype
         for i in range(WEIGHTS):
             narrow = weights.astype(dtype)
             held[i] = narrow
@@ -244,48 +277,64 @@ class Program:
 
         def run(acc: Any) -> Any:
             for i in range(WEIGHTS):
-                plgpu.wgmma(acc, self.scratch["weights"].at[i], values)
+                plgpu.wgmma(acc, self.scratch["weights"].at[self.half, i], values)
             return acc[...]
 
         return pl.run_scoped(run, plgpu.ACC((TILE, self.plan.value.width), jnp.float32))
 
     def _values(self, turn: Any) -> Any:
         """A block's values, of which those that no row sees are finite."""
-        values, cut = self._wide("value", self.plan.value, turn), self.plan.value
-        if cut.coded:
-            return values  # codes are finite, whatever a slot holds
+        plan, cut = self.plan, self.plan.value
+        pieces = [self._piece(i) for i in range(plan.own)]
+        if cut.coded:  # codes are finite, whatever a slot holds
+            self._meet()  # where they go keys may be
+            for piece in pieces:
+                self._widen("value", cut, turn, piece)
+            return self.scratch["value_wide"]
+        values = self.scratch["value_read"].at[self._stage(turn)]
 
         @pl.when(jnp.min(self._alive(turn, _COL)) == -jnp.inf)
         def _() -> None:
             dead = _across(self._alive(turn, _ROW), cut.width) == -jnp.inf
-            for piece in range(cut.count):
+            for piece in pieces:
                 one = _load(values.at[piece], _TILED)
                 values[piece] = jnp.where(dead, jnp.zeros((), cut.dtype), one)
 
         return values
 
-    def _wide(self, name: str, cut: Cut, turn: Any) -> Any:
-        """Numbers of a block as they are multiplied, (pieces, slots, width)."""
-        read = self.scratch[f"{name}_read"].at[self._stage(turn)]
+    def _keys(self, turn: Any) -> Any:
+        """A block's keys as they are multiplied, (pieces, slots, width)."""
+        plan, cut = self.plan, self.plan.key
         if not cut.coded:
-            return read
-        wide = self.scratch[f"{name}_wide"]
+            return self.scratch["key_read"].at[self._stage(turn)]
         for piece in range(cut.count):
-            side, first = divmod(piece * cut.width, cut.stored_width)
-            codes = _load(read.at[:, pl.ds(first, cut.width)], _TILED)
-            wide[piece] = widened(cut, codes, side)
+            # One warpgroup widens what both read.
+            pl.when(self.half == piece % plan.threads)(
+                partial(self._widen, "key", cut, turn, piece)
+            )
         plgpu.commit_smem()
-        return wide
+        self._meet()
+        return self.scratch["key_wide"]
 
-    def _beside(self, arrays: Any, name: str, turn: Any, group: int) -> Any:
+    def _widen(self, name: str, cut: Cut, turn: Any, piece: Any) -> None:
+        """Codes of a piece as numbers of 16 bits."""
+        first = piece * cut.width
+        side, first = first // cut.stored_width, first % cut.stored_width
+        read = self.scratch[f"{name}_read"].at[self._stage(turn), :, pl.ds(first, cut.width)]
+        self.scratch[f"{name}_wide"][piece] = widened(cut, _load(read, _TILED), side)
+
+    def _beside(self, arrays: Any, name: str, turn: Any, group: Any) -> Any:
         """Scales or offsets of a block, float32 (slots)."""
         ref, slots = arrays[name], self._slots(turn)
         if len(ref.shape) < 3:
             return as_float(_load(ref.at[self.leaf, slots], _COL))
         # Those of several groups lie apart, and are only read so by threads that have one row each.
-        apart = _load(ref.at[self.leaf, slots, group], _ROW)
-        self.scratch["beside"][...] = as_float(apart)
-        return _load(self.scratch["beside"], _COL)
+        apart, own = (
+            _load(ref.at[self.leaf, slots, group], _ROW),
+            self.scratch["beside"].at[self.half],
+        )
+        own[...] = as_float(apart)
+        return _load(own, _COL)
 
 
 def _load(ref: Any, layout: Any) -> Any:
