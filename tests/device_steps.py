@@ -201,6 +201,14 @@ TPUS = FACTORS.target[:3]
 GPU = FACTORS.target[3:]
 KNOWN = (
     Known(
+        "groups of tokens are scattered into a stacked ring, which XLA transposes whole; to be mended",
+        verbs=("update", "update of 8"),
+        layouts=("sliding", "chunked"),
+        codecs=("kivi",),
+        rows=("stacked",),
+        targets=GPU,
+    ),
+    Known(
         "a scatter by position lays leaves of less than 128 bytes a token out anew; to be mended",
         verbs=("write at",),
         codecs=("int4",),

@@ -277,10 +277,17 @@ def test_a_ragged_append_reads_no_slots(program, spec):
 
 
 def _outside_of_choices(jaxpr):
-    """Names of the primitives that run whatever is chosen, and however often loops turn."""
+    """Names of the primitives that a TPU runs whatever is chosen, and however often loops turn."""
+    by_platform = set()  # what says which platform's branch is taken; a TPU's is the first
     for equation in jaxpr.eqns:
-        yield equation.primitive.name
-        if equation.primitive.name not in ("cond", "while"):
+        name = equation.primitive.name
+        if name == "platform_index" or not by_platform.isdisjoint(map(id, equation.invars)):
+            by_platform.update(map(id, equation.outvars))
+            if name == "cond":
+                yield from _outside_of_choices(equation.params["branches"][0].jaxpr)
+                continue
+        yield name
+        if name not in ("cond", "while"):
             for inner in jax.extend.core.jaxprs_in_params(equation.params):
                 yield from _outside_of_choices(inner)
 

@@ -133,8 +133,9 @@ def at_once_or_each_block(
     """A decode step's way: all slots at once if they are few and most are in use, else by blocks.
 
     A block is copied out of its leaf before it is multiplied, which takes XLA on CPU as long as the
-    products do; the whole leaf is not. It is read in a loop of one turn: not by a choice, which under
-    vmap would always do both, nor right after its append, as XLA then appends to a copy of it too.
+    products do; of the whole leaf only values are, to mask those that are dead. It is read in a loop of
+    one turn: not by a choice, which under vmap would always do both, nor right after its append, as XLA
+    then appends to a copy of it too.
     """
     one_block = block_size(rows) >= slot_run.size
     if platform() != "cpu" or not (one_block or _can_be_read_at_once(slot_run, rows)):
