@@ -149,3 +149,12 @@ def _forget_programs():
         _dropped = _compilations
         jax.clear_caches()
         gc.collect()
+
+
+@pytest.fixture
+def uncached():
+    """What is compiled is not kept: it is for other machines."""
+    kept = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    yield
+    jax.config.update("jax_enable_compilation_cache", kept)

@@ -15,6 +15,8 @@ from lucid_jax.attention import backends
 from lucid_jax.attention.gpu import backend
 from lucid_jax.attention.gpu.backend import JAX, MosaicGPU, mosaic_gpu
 from tests.helpers import H, make, poison, queries, tokens
+from tests.kernels import agree as agree_to
+from tests.kernels import both, cases_of, for_layout, options_of
 
 B, N, D, DV = 2, 2 * H, 64, 32
 SLOTS = 203  # four blocks of 64, the last of which overlaps the one before
@@ -32,15 +34,7 @@ CODECS = {
     "int4": lj.codecs.Int4(),
     "int4 in groups": lj.codecs.Int4(group=16, rotate=False),
 }
-DRAWN = np.random.default_rng(0)
-OPTIONS = {
-    "plain": {},
-    "window": {"window": 20},
-    "softcap and sinks": {"softcap": 2.0, "sink_logits": np.float32([0.5, -1.0, 2.0, -np.inf])},
-    "mask": {"mask": DRAWN.random(SLOTS) > 0.3},
-    "bias by head": {"bias": DRAWN.standard_normal((N, 1, SLOTS)).astype(np.float32)},
-    "not causal": {"causal": False},
-}  # fmt: skip
+OPTIONS = options_of(SLOTS, N)
 interprets = pytest.mark.skipif(
     jax.__version_info__ < JAX,
     reason=f"jax {jax.__version__} does not interpret kernels of Mosaic GPU; 0.12 does",
@@ -75,56 +69,21 @@ def asked(seed, count, dim=D, dtype="bfloat16"):
     return jnp.asarray(queries(seed, B, count, N, dim), dtype)
 
 
-def both(state, query, **options):
-    """Output and log-sum-exp of the kernel, and of the walk, of a query that both round alike."""
-    return [
-        jax.tree.map(
-            lambda x: np.asarray(x, np.float32),
-            lj.attend(state, query, 0, implementation=name, return_lse=True, **options),
-        )
-        for name in ("kernel", "walk")
-    ]
-
-
-def agree(got, expected, rtol=2e-5, atol=1e-5):
-    """Arrays are the same up to rounding."""
-    for a, b in zip(got, expected, strict=True):
-        np.testing.assert_allclose(a, b, rtol=rtol, atol=atol)
-
-
-CASES = [
-    pytest.param(
-        layout, ragged, codec, count, option,
-        id=f"{layout}-{'ragged' if ragged else 'aligned'}-{codec}-{count}-{option}",
-        # A few tens of these take as long as all else here.
-        marks=() if number % 13 == 0 else pytest.mark.exhaustive,
-    )
-    for number, (layout, ragged, codec, count, option) in enumerate(
-        (layout, ragged, codec, count, option)
-        for layout in LAYOUTS
-        for ragged in (False, True)
-        for codec in CODECS
-        for count in (1, 3)
-        for option in OPTIONS
-    )
-]  # fmt: skip
+agree = functools.partial(agree_to, rtol=2e-5, atol=1e-5)
+CASES = cases_of(LAYOUTS, CODECS, OPTIONS, lambda number, codec, option: number % 13 == 0)
 
 
 @interprets
 @pytest.mark.parametrize("layout, ragged, codec, count, option", CASES)
 def test_it_says_what_the_walk_says(layout, ragged, codec, count, option):
     """Of every layout, codec and mask; dead slots may hold anything."""
-    options = OPTIONS[option]
-    if layout != "static" and {"mask", "bias"} & set(options):
-        if count > 1 and layout != "dynamic":
-            pytest.skip("slots of get() stand for other tokens before and after a chunk")
-        options = {name: x[..., :1] for name, x in options.items()}
+    options = for_layout(OPTIONS[option], layout, count)
     state = stored(LAYOUTS[layout].but(codec=CODECS[codec]), ragged)
     # Of float32, so that what is compared has not been rounded to bfloat16.
     query = asked(0, count, dtype="float32")
     got, expected = both(poison(state), query, **options)
     agree(got, expected)
-    agree(both(state, query, **options)[0], got, 0, 0)
+    agree(both(state, query, **options)[0], got, rtol=0, atol=0)
 
 
 @interprets

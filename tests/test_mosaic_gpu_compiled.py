@@ -3,18 +3,18 @@
 Wants JAX 0.12 and wheels that `lucid_jax.tools.targets.wheels` names; nothing is executed.
 """
 
-import itertools
 import re
 
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import lucid_jax as lj
 from lucid_jax.attention.gpu.backend import JAX
 from lucid_jax.tools import inspect, targets
 from lucid_jax.tools.program_text import read_program
+from tests.kernels import CALLS, compiled, moved, some_of
 
 TARGET = "gpu:h100"
 WHEELS = targets.wheels(TARGET)
@@ -31,53 +31,12 @@ CODECS = {
 }
 SLOTS = 16384
 WIDTHS = (64, 80, 96, 128, 256)
-# What copies, converts or re-tiles an array.
-MOVES = {"copy", "convert", "transpose", "dynamic-slice", "reshape", "pad"}
 
 
 @pytest.fixture(autouse=True)
-def _looked_at(monkeypatch):
-    """What is compiled is not kept: it is for another machine. The compiler says what it made."""
-    kept = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
+def _looked_at(monkeypatch, uncached):
+    """The compiler says what it made."""
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
-    yield
-    jax.config.update("jax_enable_compilation_cache", kept)
-
-
-def compiled(spec, *, dim, group, count=1, batch=8, heads=8, dtype="bfloat16", stacked=False,
-             ragged=False, **options):  # fmt: skip
-    """`attend` of a layer, compiled, and the bytes of its cache and of its largest leaf."""
-    device = targets.open_target(TARGET).devices[0]
-
-    def there(tree):
-        where = SingleDeviceSharding(device)
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree)
-
-    def make():
-        return lj.init_cache(
-            spec, num_layers=2, batch_size=batch, num_kv_heads=heads, head_dim=dim, dtype=dtype,
-            stacked=stacked, ragged=ragged,
-        )  # fmt: skip
-
-    state = there(jax.eval_shape(make))
-    query = there(jax.ShapeDtypeStruct((batch, heads * group, count, dim), jnp.dtype(dtype)))
-    with jax.default_device(device):
-        run = jax.jit(lambda s, q: lj.attend(s, q, 1, return_lse=True, **options))
-        program = run.lower(state, query).compile()
-    leaves = [x.size * x.dtype.itemsize for x in jax.tree.leaves(state)]
-    return program, sum(leaves), max(leaves) // (2 if stacked else 1)
-
-
-def moved(text, least):
-    """The instructions that copy, convert or re-tile an array of at least so many bytes."""
-    return [
-        instruction
-        for computation in read_program(text).computations.values()
-        for instruction in computation.instructions.values()
-        if instruction.opcode in MOVES
-        and any(shape.nbytes >= least for shape in instruction.shapes)
-    ]
 
 
 def spilled(capfd):
@@ -92,33 +51,16 @@ def check(codec, capfd, *, static=True, **how):
     dtype = "float16" if codec == "f16" else "bfloat16"
     jax.clear_caches()  # a kernel that was lowered already says nothing
     spilled(capfd)
-    program, cache, leaf = compiled(layout.but(codec=CODECS[codec]), dtype=dtype, **how)
+    program, cache, leaf = compiled(TARGET, layout.but(codec=CODECS[codec]), dtype=dtype, **how)
     text = program.as_text()
     assert "mosaic_gpu" in text
     # Of a cache of few heads many programs share a head: their results are some hundred KiB.
     assert program.memory_analysis().temp_size_in_bytes < max(cache / 16, 2 << 20)
-    assert not moved(text, leaf // 2)
+    assert not moved(read_program(text).computations.values(), leaf // 2)
     return spilled(capfd)
 
 
-OPTIONS = [
-    {"ragged": True}, {"stacked": True}, {"static": False, "ragged": True}, {"count": 4},
-    {"count": 4, "group": 16}, {"batch": 1, "heads": 1}, {"batch": 1, "heads": 1, "group": 16},
-    {"heads": 32, "group": 1}, {"heads": 12, "group": 1}, {"heads": 2, "ragged": True},
-    {"window": 1000, "softcap": 30.0}, {"batch": 64, "heads": 2},
-]  # fmt: skip
-
-
-def _cases(*axes):
-    """All combinations, of which everyday runs try a few."""
-    every = list(itertools.product(*axes))
-    few = every[:: len(every) // 10]
-    return [
-        pytest.param(*case, marks=() if case in few else pytest.mark.exhaustive) for case in every
-    ]
-
-
-@pytest.mark.parametrize("codec, dim, group", _cases(CODECS, WIDTHS, (1, 4, 8, 16)))
+@pytest.mark.parametrize("codec, dim, group", some_of(CODECS, WIDTHS, (1, 4, 8, 16)))
 def test_widths_and_groups(codec, dim, group, capfd):
     """Every width that models have, and every group."""
     if (codec, dim) == ("int4", 80):
@@ -130,7 +72,7 @@ def test_widths_and_groups(codec, dim, group, capfd):
 
 
 @pytest.mark.parametrize(
-    "stored, how", _cases([("bf16", 64), ("bf16", 128), ("int8", 128), ("int4", 64)], OPTIONS),
+    "stored, how", some_of([("bf16", 64), ("bf16", 128), ("int8", 128), ("int4", 64)], CALLS),
     ids=str,
 )  # fmt: skip
 def test_shapes_and_options(stored, how, capfd, request):
@@ -146,18 +88,14 @@ def test_shapes_and_options(stored, how, capfd, request):
     check(codec, capfd, **{"dim": dim, "group": 4, **how})
 
 
+def _state(slots, **options):
+    sizes = dict(num_layers=1, batch_size=8, num_kv_heads=8, head_dim=128, dtype=jnp.bfloat16)
+    return jax.eval_shape(lambda: lj.init_cache(lj.Static(slots), **sizes, **options))
+
+
 def test_launches_of_a_step():
     """`extend` of a token: five of the update, and of attention four."""
-    state = jax.eval_shape(
-        lambda: lj.init_cache(
-            lj.Static(8192),
-            num_layers=1,
-            batch_size=8,
-            num_kv_heads=8,
-            head_dim=128,
-            dtype=jnp.bfloat16,
-        )
-    )
+    state = _state(8192)
     new = jax.ShapeDtypeStruct((8, 8, 1, 128), jnp.bfloat16)
     query = jax.ShapeDtypeStruct((8, 32, 1, 128), jnp.bfloat16)
     steps = {
@@ -180,17 +118,7 @@ def test_each_device_of_a_mesh_runs_the_kernel_on_its_own():
     """In `shard_map`, rows of different lengths and heads divided."""
     devices = targets.open_target("gpu:h100:2").devices
     mesh = jax.sharding.Mesh(devices, ("x",), axis_types=(AxisType.Auto,))
-    state = jax.eval_shape(
-        lambda: lj.init_cache(
-            lj.Static(4096),
-            num_layers=1,
-            batch_size=8,
-            num_kv_heads=8,
-            head_dim=128,
-            dtype=jnp.bfloat16,
-            ragged=True,
-        )
-    )
+    state = _state(4096, ragged=True)
     where = lj.shardings(state, mesh, heads="x")
     specs = jax.tree.map(lambda x: x.spec, where)
     heads = PartitionSpec(None, "x")

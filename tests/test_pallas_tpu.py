@@ -13,6 +13,8 @@ from lucid_jax.attention import backends
 from lucid_jax.attention.tpu.backend import PallasTPU, pallas_tpu
 from lucid_jax.cache.tiles import lies_on_lanes
 from tests.helpers import H, make, poison, queries, tokens
+from tests.kernels import agree as agree_to
+from tests.kernels import both, cases_of, for_layout, options_of
 
 B, N, SLOTS = 2, 2 * H, 300  # three blocks of 128, the last of them not whole
 LAYOUTS = {
@@ -32,15 +34,7 @@ CODECS = {
     "kivi": lj.codecs.KIVI(group=16, residual=20),
     "kivi rotated": lj.codecs.KIVI(group=8, residual=5, rotate=True),
 }
-DRAWN = np.random.default_rng(0)
-OPTIONS = {
-    "plain": {},
-    "window": {"window": 20},
-    "softcap and sinks": {"softcap": 2.0, "sink_logits": np.float32([0.5, -1.0, 2.0, -np.inf])},
-    "mask": {"mask": DRAWN.random(SLOTS) > 0.3},
-    "bias by head": {"bias": DRAWN.standard_normal((N, 1, SLOTS)).astype(np.float32)},
-    "not causal": {"causal": False},
-}  # fmt: skip
+OPTIONS = options_of(SLOTS, N)
 
 
 @pytest.fixture(autouse=True)
@@ -60,49 +54,20 @@ def stored(spec, ragged=False, **options):
     return state
 
 
-def both(state, query, **options):
-    """Output and log-sum-exp of the kernel, and of the walk."""
-    return [
-        jax.tree.map(
-            np.asarray, lj.attend(state, query, 0, implementation=name, return_lse=True, **options)
-        )
-        for name in ("kernel", "walk")
-    ]
-
-
-def agree(got, expected, rtol=1e-5, atol=2e-6):
-    """Arrays are the same up to rounding."""
-    for a, b in zip(got, expected, strict=True):
-        np.testing.assert_allclose(a, b, rtol=rtol, atol=atol)
-
-
-CASES = [
-    pytest.param(
-        layout, ragged, codec, count, option,
-        id=f"{layout}-{'ragged' if ragged else 'aligned'}-{codec}-{count}-{option}",
-        # A few tens of these take as long as all else here.
-        marks=() if (codec, option) == ("int8", "plain") else pytest.mark.exhaustive,
-    )
-    for layout in LAYOUTS
-    for ragged in (False, True)
-    for codec in CODECS
-    for count in (1, 3)
-    for option in OPTIONS
-]  # fmt: skip
+agree = functools.partial(agree_to, rtol=1e-5, atol=2e-6)
+CASES = cases_of(
+    LAYOUTS, CODECS, OPTIONS, lambda number, codec, option: (codec, option) == ("int8", "plain")
+)
 
 
 @pytest.mark.parametrize("layout, ragged, codec, count, option", CASES)
 def test_it_says_what_the_walk_says(layout, ragged, codec, count, option):
     """Of every layout, codec and mask; dead slots may hold anything."""
-    options = OPTIONS[option]
-    if layout != "static" and {"mask", "bias"} & set(options):
-        if count > 1 and layout != "dynamic":
-            pytest.skip("slots of get() stand for other tokens before and after a chunk")
-        options = {name: x[..., :1] for name, x in options.items()}
+    options = for_layout(OPTIONS[option], layout, count)
     state = stored(LAYOUTS[layout].but(codec=CODECS[codec]), ragged)
     got, expected = both(state, queries(0, B, count), **options)
     agree(got, expected)
-    agree(both(poison(state), queries(0, B, count), **options)[0], got, 0, 0)
+    agree(both(poison(state), queries(0, B, count), **options)[0], got, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

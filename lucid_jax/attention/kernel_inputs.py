@@ -6,14 +6,35 @@ Shapes as in softmax.py.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
-from lucid_jax.attention.softmax import Reader, Running
+from lucid_jax.attention.mask import Mask
+from lucid_jax.attention.softmax import Reader, RowsByLeaf, Running, Scores
 from lucid_jax.cache.codecs import Form, Rotated
 from lucid_jax.cache.codecs.rotation import hadamard
 from lucid_jax.cache.reading import SlotRun
 from lucid_jax.cache.stacked import Stacked
+from lucid_jax.cache.tiles import divided_by_compiler
+
+
+def lacks(
+    queries: RowsByLeaf, slot_runs: Sequence[SlotRun], mask: Mask, scores: Scores, most_rows: int
+) -> str | None:
+    """What every kernel lacks for a call, of at most `most_rows` queries of a KV head."""
+    if any(map(divided_by_compiler, jax.tree.leaves([run.leaves for run in slot_runs]))):
+        return "is not divided over a mesh by the compiler, only in jax.shard_map"
+    _, heads, tokens, _ = next(iter(queries.values())).shape
+    rows = heads // mask.num_kv_heads * tokens
+    if rows > most_rows:
+        return f"takes at most {most_rows} queries of a KV head, not {rows}"
+    if scores.rope is not None:
+        return "does not rotate keys"
+    if any(x.dtype.itemsize > 4 for x in queries.values()):
+        return "computes in float32"
+    return None
 
 
 def added_to_scores(read: Reader, count: int) -> jax.Array:

@@ -1,6 +1,7 @@
 """The block walk: attention over the runs of a layer, a block of slots at a time, and its gradient.
 
-A running softmax goes through the slots in use, so cost follows the length and not the capacity. The
+A running softmax goes through the slots in use, so cost follows the length and not the capacity (few
+slots most of which are in use are read at once, so there it is at most twice as much). The
 backward pass walks the same blocks again, of any other way forward too. Shapes as in softmax.py.
 """
 

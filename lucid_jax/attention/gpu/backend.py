@@ -24,6 +24,7 @@ from lucid_jax.attention.kernel_inputs import (
     padded_rows,
     turned_for,
 )
+from lucid_jax.attention.kernel_inputs import lacks as kernel_lacks
 from lucid_jax.attention.mask import Mask
 from lucid_jax.attention.protocol import NotMe, platform
 from lucid_jax.attention.softmax import (
@@ -40,7 +41,6 @@ from lucid_jax.cache.codecs import Form
 from lucid_jax.cache.codecs.numerics import doubled
 from lucid_jax.cache.packing import Packed
 from lucid_jax.cache.reading import SlotRun
-from lucid_jax.cache.tiles import divided_by_compiler
 
 JAX = (0, 12)  # of which Mosaic GPU's interface, and its interpreter, is
 ROWS = 8  # what shared memory is laid out in
@@ -86,20 +86,15 @@ class MosaicGPU:
             )
         if platform() == "gpu" and not _is_hopper():
             return "multiplies with the tensor cores of Hopper GPUs, compute capability 9.0"
-        if any(map(divided_by_compiler, jax.tree.leaves([run.leaves for run in slot_runs]))):
-            return "is not divided over a mesh by the compiler, only in jax.shard_map"
+        common = kernel_lacks(queries, slot_runs, mask, scores, TILE)
+        if common:
+            return common
         if all(run.size < SLOTS for run in slot_runs):
             return f"reads {SLOTS} slots at a time, and there are fewer"
         if set(queries) != {"key"} or slot_runs[0].mixed != "value":
             return "scores keys and mixes values, not leaves of one's own"
         batch, heads, tokens, _ = queries["key"].shape
         rows = heads // mask.num_kv_heads * tokens
-        if rows > TILE:
-            return f"takes at most {TILE} queries of a KV head, not {rows}"
-        if scores.rope is not None:
-            return "does not rotate keys"
-        if queries["key"].dtype.itemsize > 4:
-            return "computes in float32"
         if max(batch, mask.num_kv_heads) > 65535:
             return "counts at most 65535 rows, and as many heads"
         for slot_run in slot_runs:

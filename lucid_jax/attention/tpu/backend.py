@@ -21,6 +21,7 @@ from lucid_jax.attention.kernel_inputs import (
     layer_number,
     padded_rows,
 )
+from lucid_jax.attention.kernel_inputs import lacks as kernel_lacks
 from lucid_jax.attention.mask import Mask
 from lucid_jax.attention.protocol import NotMe, platform
 from lucid_jax.attention.softmax import (
@@ -35,7 +36,7 @@ from lucid_jax.attention.softmax import (
 from lucid_jax.attention.walk import ByBlocks, attention, each_block
 from lucid_jax.cache.packing import Packed
 from lucid_jax.cache.reading import SlotRun
-from lucid_jax.cache.tiles import ROWS, divided_by_compiler, lies_on_lanes
+from lucid_jax.cache.tiles import ROWS, lies_on_lanes
 
 BLOCK_BYTES = 1 << 20  # of one leaf: half of that or less leaves the memory waiting between blocks
 MOST_BYTES = 1 << 21  # of one leaf: two leaves, each twice, lie beside all else in 16 MiB
@@ -76,20 +77,14 @@ class PallasTPU:
                 f"runs on TPUs, and this is for {platform()}, where it wants "
                 "jax.experimental.pallas.tpu.force_tpu_interpret_mode()"
             )
-        if any(map(divided_by_compiler, jax.tree.leaves([run.leaves for run in slot_runs]))):
-            return "is not divided over a mesh by the compiler, only in jax.shard_map"
+        common = kernel_lacks(queries, slot_runs, mask, scores, MOST_ROWS)
+        if common:
+            return common
         names = {*queries, slot_runs[0].mixed}
         least = [_least_slots(slot_run, names) for slot_run in slot_runs]
         if all(run.size < slots for run, slots in zip(slot_runs, least, strict=True)):
             return f"reads {least[0]} slots at a time, and there are fewer"
-        batch, heads, tokens, _ = next(iter(queries.values())).shape
-        rows = heads // mask.num_kv_heads * tokens
-        if rows > MOST_ROWS:
-            return f"takes at most {MOST_ROWS} queries of a KV head, not {rows}"
-        if scores.rope is not None:
-            return "does not rotate keys"
-        if any(x.dtype.itemsize > 4 for x in queries.values()):
-            return "computes in float32"
+        batch = len(next(iter(queries.values())))
         for slot_run, fewest in zip(slot_runs, least, strict=True):
             for name, form in slot_run.forms:
                 if name in names and not takes(form):
