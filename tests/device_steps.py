@@ -253,7 +253,7 @@ def known(case):
 _PROMPTS = 4
 
 
-def _model(scan_layers=False):
+def _model(scan_layers=False, dim=DIM):
     config = ModelConfig(
         vocab_size=512,
         hidden_size=256,
@@ -261,15 +261,15 @@ def _model(scan_layers=False):
         num_hidden_layers=2,
         num_attention_heads=HEADS * GROUP,
         num_key_value_heads=HEADS,
-        head_dim=DIM,
+        head_dim=dim,
     )
     return nnx.eval_shape(
         lambda: Transformer(config, dtype=jnp.bfloat16, scan_layers=scan_layers, rngs=nnx.Rngs(0))
     )
 
 
-def _loop(sampling, target, codec, scan_layers=False):
-    model = _model(scan_layers)
+def _loop(sampling, target, codec, **of_model):
+    model = _model(**of_model)
     structure, params = split(model)
     setup = LoopSetup(structure, sampling, (2,))
     loop = jax.eval_shape(
@@ -341,6 +341,8 @@ def _drafts(target, codec):
 LOOPS = {
     "greedy": lambda *to: _loop(Sampling(), *to),
     "sampled": lambda *to: _loop(Sampling(temperature=0.7, top_k=40, top_p=0.9), *to),
+    "heads of 64": lambda *to: _loop(Sampling(), *to, dim=64),
+    "heads of 80": lambda *to: _loop(Sampling(), *to, dim=80),
     "scan over layers": lambda *to: _loop(Sampling(), *to, scan_layers=True),
     "tree of beams": lambda *to: _beams("tree", *to),
     "reordered beams": lambda *to: _beams("reorder", *to),

@@ -61,6 +61,7 @@ def test_crop_gathers_no_slots_on_a_tpu(ragged, stacked):
 CHUNKS = (1, 7, 2, 30, 3)  # one of them longer than the rings below
 
 
+@pytest.mark.parametrize("ragged", [False, True], ids=["aligned", "ragged"])
 @pytest.mark.parametrize("stacked", [False, True], ids=["layers", "stacked"])
 @pytest.mark.parametrize(
     "spec",
@@ -74,20 +75,21 @@ CHUNKS = (1, 7, 2, 30, 3)  # one of them longer than the rings below
     ],
     ids=repr,
 )
-def test_what_a_tpu_writes_is_the_same(spec, stacked, monkeypatch):
-    """Windows, and tokens one by one, where others scatter."""
+def test_what_a_tpu_writes_is_the_same(spec, stacked, ragged, monkeypatch):
+    """Windows, and tokens one by one, where others scatter; and leaves turned, of few numbers."""
     sizes = {"batch": 2, "heads": 2, "dim": 16, "value_dim": 16}
     tokens = jax.random.normal(jax.random.key(0), (2, 2, sum(CHUNKS), 16))
 
     def appended(tokens):
-        state, first = make(spec, layers=2, stacked=stacked, **sizes), 0
+        state, first = make(spec, layers=2, stacked=stacked, ragged=ragged, **sizes), 0
         for count in CHUNKS:
             new = tokens[:, :, first : first + count]
             state, first = lj.update(state, new, -new, 1), first + count
         if not spec.codec.tail:  # a group of tokens cannot be written over
             new = tokens[:, :, :4]
             # Of two tokens for one place one is dropped; a place is skipped.
-            places = lj.seq_length(state, 1) + jnp.array([-1, 1, 1, -2], jnp.int32)
+            after = np.array([-1, 1, 1, -2], np.int32)
+            places = jnp.stack([lj.seq_length(state, 1) + by for by in after], axis=-1)
             state = lj.update(state, new, -new, 1, places)
         return state
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 import jax
@@ -238,7 +239,29 @@ def _at(leaf: jax.Array, row: jax.Array, begin: jax.Array) -> tuple[jax.Array, .
 def scatter(
     leaf: jax.Array, start: jax.Array, new: jax.Array, windows: lax.ScatterDimensionNumbers
 ) -> jax.Array:
-    """Writes windows that do not overlap and drops those which do not lie inside the leaf."""
+    """Writes windows that do not overlap and drops those which do not lie inside the leaf.
+
+    XLA for TPUs makes a loop over windows of it, in which a leaf lies in the order of its axes. Where
+    that is not how it lies outside, for its slots lie on the lanes, the leaf would be copied whole: so
+    there it is written with its last two axes turned, which moves nothing.
+    """
+    write = partial(_scatter, windows=windows)
+    *others, slot_axis = windows.scatter_dims_to_operand_dims
+    if slot_axis != leaf.ndim - 2 or not lies_on_lanes(leaf.shape[-1], leaf.shape[-2]):
+        return write(leaf, start, new)
+
+    def on_lanes(leaf: jax.Array, start: jax.Array, new: jax.Array) -> jax.Array:
+        turned = windows._replace(scatter_dims_to_operand_dims=(*others, leaf.ndim - 1))
+        leaf, new = jnp.swapaxes(leaf, -1, -2), jnp.swapaxes(new, -1, -2)
+        return jnp.swapaxes(_scatter(leaf, start, new, turned), -1, -2)
+
+    written: jax.Array = lax.platform_dependent(leaf, start, new, tpu=on_lanes, default=write)
+    return written
+
+
+def _scatter(
+    leaf: jax.Array, start: jax.Array, new: jax.Array, windows: lax.ScatterDimensionNumbers
+) -> jax.Array:
     drop = lax.GatherScatterMode.FILL_OR_DROP
     return lax.scatter(leaf, start, new, windows, unique_indices=True, mode=drop)
 
