@@ -30,10 +30,10 @@ import hypothesis
 import jax
 import pytest
 
-from lucid_jax.attention import walk
+from lucid_jax.attention import blocks
 
 # The caches of tests are small; those of some hundred slots are to take several turns of a walk.
-walk.SIZES["cpu"] = walk.SIZES["cpu"]._replace(most=256)
+blocks.SIZES["cpu"] = blocks.SIZES["cpu"]._replace(most=256)
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")

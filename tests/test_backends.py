@@ -11,7 +11,7 @@ import pytest
 from jax.test_util import check_grads
 
 import lucid_jax as lj
-from lucid_jax.attention import NotMe, backends, prefix, walk
+from lucid_jax.attention import NotMe, backends, blocks, by_row, prefix
 from lucid_jax.cache.reading import slot_runs
 from tests.helpers import DV, D, H, filled, make, more_layouts, poison, queries, tokens
 from tests.oracle import Arithmetic, Oracle, Window
@@ -263,7 +263,7 @@ def test_the_platform_is_that_of_the_default_device(monkeypatch):
 ])  # fmt: skip
 def test_the_product_is_one_block_and_at_most_one_choice(where, capacity, runs, monkeypatch):
     """Of a decode step: its only loop is the one that is entered where something is not finite."""
-    for module in (prefix, walk):
+    for module in (prefix, blocks):
         monkeypatch.setattr(module, "platform", lambda: where)
     state = jax.eval_shape(lambda: make(lj.Static(capacity), batch=1))
     query = jax.ShapeDtypeStruct((1, N, 1, D), jnp.float32)
@@ -278,7 +278,7 @@ def test_the_product_is_one_block_and_at_most_one_choice(where, capacity, runs, 
 
     assert count("dense") == (2, min(runs, 1))  # the second is inside the first
     rows = {"key": jax.ShapeDtypeStruct((1, H, N // H, D), jnp.float32)}
-    assert count("walk") == (int(walk.block_size(rows) < capacity), 0)
+    assert count("walk") == (int(blocks.block_size(rows) < capacity), 0)
 
 
 LONG = prefix.OTHERS_RUNS.short * prefix.OTHERS_RUNS.share + 500
@@ -303,23 +303,23 @@ def test_the_walk_reads_as_much_at_once_as_its_platform_likes(
     where, batch, heads, queries, dim, size, monkeypatch
 ):
     """Few turns of the loop, but what a turn holds stays in the caches of a CPU."""
-    cpu = walk.SIZES["cpu"]._replace(most=512)  # as users have it
-    monkeypatch.setattr(walk, "SIZES", {**walk.SIZES, "cpu": cpu})
-    monkeypatch.setattr(walk, "platform", lambda: where)
+    cpu = blocks.SIZES["cpu"]._replace(most=512)  # as users have it
+    monkeypatch.setattr(blocks, "SIZES", {**blocks.SIZES, "cpu": cpu})
+    monkeypatch.setattr(blocks, "platform", lambda: where)
     rows = jax.ShapeDtypeStruct((batch, heads, queries, dim), jnp.float32)
-    assert walk.block_size({"key": rows}) == size
+    assert blocks.block_size({"key": rows}) == size
 
 
 def test_what_looks_for_tokens_that_are_not_finite_holds_small_blocks(monkeypatch):
     """It hardly ever runs, and its memory is taken all the same: of a TPU's blocks that is too much."""
-    sizes, blocks_of = [], walk._blocks_of
+    sizes, blocks_of = [], blocks._blocks_of
 
     def spy(slots, *rest):
         sizes.append(slots)
         return blocks_of(slots, *rest)
 
-    monkeypatch.setattr(walk, "_blocks_of", spy)
-    monkeypatch.setattr(walk, "SIZES", {"cpu": walk.Sizes(8, 16, 1 << 19, 1 << 20)})
+    monkeypatch.setattr(blocks, "_blocks_of", spy)
+    monkeypatch.setattr(blocks, "SIZES", {"cpu": blocks.Sizes(8, 16, 1 << 19, 1 << 20)})
     jax.eval_shape(lambda state, query: lj.attend(state, query, 0), make(), queries(0, B, 2))
     assert sizes == [16, 8]
 
@@ -328,8 +328,8 @@ def test_what_looks_for_tokens_that_are_not_finite_holds_small_blocks(monkeypatc
 @pytest.mark.parametrize("ragged", [False, True], ids=["aligned", "ragged"])
 def test_few_slots_are_read_at_once_where_most_are_in_use(slots, ragged, monkeypatch):
     """A decode step then reads the leaf where it lies; where few are in use, a block at a time."""
-    monkeypatch.setattr(walk, "SIZES", {"cpu": walk.Sizes(8, 8, 1 << 19, 1 << 20)})
-    calls, at_once = [], walk.at_once_or_each_block
+    monkeypatch.setattr(blocks, "SIZES", {"cpu": blocks.Sizes(8, 8, 1 << 19, 1 << 20)})
+    calls, at_once = [], by_row.at_once_or_each_block
 
     def spy(slot_run, rows, body, carry):
         def counted(carry, block):
@@ -338,7 +338,7 @@ def test_few_slots_are_read_at_once_where_most_are_in_use(slots, ragged, monkeyp
 
         return at_once(slot_run, rows, counted, carry)
 
-    monkeypatch.setattr(walk, "at_once_or_each_block", spy)
+    monkeypatch.setattr(by_row, "at_once_or_each_block", spy)
     full, _, _ = filled(slots, lj.Static(slots), ragged=ragged)
     query = queries(0, B, 1)
     for length in (0, 1, slots // 2, slots // 2 + 1, slots):
@@ -350,6 +350,98 @@ def test_few_slots_are_read_at_once_where_most_are_in_use(slots, ragged, monkeyp
         assert calls == ([slots] if 2 * length > slots or 0 < length <= slots == 8 else expected)
         dense = lj.attend(state, query, 0, implementation="dense")
         np.testing.assert_allclose(out, dense, atol=1e-5)
+
+
+@pytest.fixture
+def read_slots(monkeypatch):
+    """Blocks of eight slots; returns a list of how many slots of all rows each of them held."""
+    monkeypatch.setattr(blocks, "SIZES", {"cpu": blocks.Sizes(8, 8, 1 << 19, 1 << 20)})
+    read, body = [], blocks.softmax_block
+
+    def spy(reader, rows, stored, care, running, block):
+        jax.debug.callback(lambda: read.append(len(running.top) * block.size))
+        return body(reader, rows, stored, care, running, block)
+
+    monkeypatch.setattr(blocks, "softmax_block", spy)
+    return read
+
+
+@pytest.mark.parametrize("lengths, slots", [
+    ([64, 5, 9, 0], 64 + 8 + 16),
+    ([30, 28, 25, 30], 4 * 32),  # little is to be saved
+    ([64, 24, 64, 24], 2 * 64 + 2 * 24),
+    ([0, 0, 0, 0], 0),
+    ([1, 0, 0, 0], 8),
+])  # fmt: skip
+@pytest.mark.parametrize("codec", ["identity", "int4"])
+def test_rows_of_clearly_unequal_lengths_are_read_up_to_their_own_ends(
+    read_slots, codec, lengths, slots
+):
+    """Of a decode step on CPU; a block of all rows goes to the end of the longest."""
+    state = make(lj.Static(72, CODECS[codec]), batch=4, ragged=True)
+    state = poison(lj.update(state, *tokens(0, 4, 64), 0, lengths=lengths))
+    query = queries(0, 4, 1)
+    got = jax.jit(lambda state: lj.attend(state, query, 0, return_lse=True))(state)
+    jax.effects_barrier()
+    assert sum(read_slots) == slots
+    expected = lj.attend(state, query, 0, return_lse=True, implementation="dense")
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+ROW_OPTIONS = {
+    "plain": {},
+    "window": {"window": 9},
+    "by place": {"rope_theta": 1e4},
+    "sinks": {"sink_logits": SINKS, "softcap": 3.0},
+    "mask": {"mask": DRAWN.random((3, N, 1, 40)) > 0.3},
+    "mask of all rows": {"mask": DRAWN.random((1, 1, 1, 40)) > 0.3},
+    "bias": {"bias": DRAWN.standard_normal((3, 1, 1, 40)).astype(np.float32)},
+}
+ROW_LAYOUTS = {
+    "static": lj.Static(40), "sliding": lj.Sliding(35, 3, 2),
+    **{name: new() for name, new in more_layouts(40).items()},
+}  # fmt: skip
+ROW_CASES = [
+    pytest.param(
+        layout, codec, option, id=f"{layout}-{codec}-{option}",
+        marks=() if layout == "static" and (option == "plain" or codec == "identity")
+        else pytest.mark.exhaustive,
+    )
+    for layout in ROW_LAYOUTS
+    for codec in CODECS
+    for option in ROW_OPTIONS
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("layout, codec, option", ROW_CASES)
+def test_what_a_row_reads_by_itself_is_what_it_reads_with_the_others(
+    read_slots, layout, codec, option
+):
+    """Whatever the layout, the codec and the mask; also of one row's NaN, and under vmap."""
+    options = {**ROW_OPTIONS[option], "return_lse": True}
+    state = make(ROW_LAYOUTS[layout].but(codec=CODECS[codec]), batch=3, ragged=True)
+    layer = state.layers[0]
+    # A layer that drops tokens is asked before it does.
+    width = layer.capacity + (not layer.bounded)
+    options |= {
+        name: np.resize(options[name], (*options[name].shape[:-1], width))
+        for name in {"mask", "bias"} & set(options)
+    }
+    state = poison(lj.update(state, *tokens(0, 3, 33), 0, lengths=[33, 3, 10]))
+    query, new = queries(1, 3, 1), tokens(1, 3, 1)
+
+    def step(query, implementation=None):
+        return lj.extend(state, query, *new, 0, implementation=implementation, **options)[0]
+
+    apart, both = jax.jit(step)(query), jax.vmap(step)(jnp.stack([query, -query]))
+    jax.effects_barrier()
+    assert 8 in read_slots
+    together, other = step(query, "dense"), step(-query, "dense")
+    for a, b, c, d in zip(apart, together, both, other, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(c[0], b, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(c[1], d, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("ragged", [False, True], ids=["aligned", "ragged"])

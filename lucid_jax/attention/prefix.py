@@ -15,10 +15,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lucid_jax.attention.blocks import ByBlocks, Carry
 from lucid_jax.attention.mask import Mask
 from lucid_jax.attention.protocol import NotMe, platform
 from lucid_jax.attention.softmax import Block, Query, RowsByLeaf, Scores, queries_by_leaf
-from lucid_jax.attention.walk import ByBlocks, Carry, attention
+from lucid_jax.attention.walk import attention
 from lucid_jax.cache.reading import SlotRun
 
 

@@ -114,10 +114,10 @@ def retained(
 
 
 def used(layout: Layout, start: jax.Array, position: jax.Array, reach: jax.Array) -> jax.Array:
-    """A bound below which all live slots are, int32 []: it follows lengths, not the capacity."""
+    """Bounds below which all live slots are, [] or [B]: they follow lengths, not the capacity."""
     if layout.dense:
-        return jnp.max(layout.slot(position - 1, start)) + 1
-    return jnp.minimum(jnp.max(reach), layout.slots)
+        return layout.slot(position - 1, start) + 1
+    return jnp.minimum(reach, layout.slots)
 
 
 def oldest_kept(

@@ -173,6 +173,14 @@ class SlotRun:
         window: Packed = jax.tree.map(cut, leaves)
         return window
 
+    def ends(self) -> jax.Array:
+        """Bounds below which all live slots of a row are, int32 [] or [B]."""
+        slots = self.slots
+        if slots.held is not None:
+            return jnp.broadcast_to(self.stop, slots.high.shape)
+        used = derive.used(slots.layout, slots.start, slots.high, slots.reach)
+        return jnp.minimum(self.stop, used)
+
     def positions(self, begin: jax.Array, size: int) -> jax.Array:
         """Absolute positions of slots [begin, begin + size); see `SlotMap.positions`."""
         return self.slots.positions(begin, size)

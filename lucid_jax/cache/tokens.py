@@ -189,7 +189,7 @@ class TokenLayer:
 
     def slots_in_use(self) -> jax.Array:
         """A bound below which all live slots are, int32 []: it follows length, not capacity."""
-        return derive.used(self.layout, self.start, self.position, self.reach)
+        return jnp.max(derive.used(self.layout, self.start, self.position, self.reach))
 
     def first_slot(self, oldest: jax.Array) -> jax.Array:
         """The first slot, int32 [], that may hold a token at position `oldest` ([] or [B]) or later.

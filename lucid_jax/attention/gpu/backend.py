@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lucid_jax.attention.blocks import ByBlocks, each_block
 from lucid_jax.attention.gpu import pieces
 from lucid_jax.attention.gpu.plan import SLOTS, TILE, Plan
 from lucid_jax.attention.kernel_inputs import (
@@ -36,7 +37,7 @@ from lucid_jax.attention.softmax import (
     Scores,
     queries_by_leaf,
 )
-from lucid_jax.attention.walk import ByBlocks, attention, each_block
+from lucid_jax.attention.walk import attention
 from lucid_jax.cache.codecs import Form
 from lucid_jax.cache.codecs.numerics import doubled
 from lucid_jax.cache.packing import Packed

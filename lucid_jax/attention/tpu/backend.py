@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from lucid_jax.attention.blocks import ByBlocks, each_block
 from lucid_jax.attention.kernel_inputs import (
     added_to_scores,
     interpreted,
@@ -33,7 +34,7 @@ from lucid_jax.attention.softmax import (
     Scores,
     queries_by_leaf,
 )
-from lucid_jax.attention.walk import ByBlocks, attention, each_block
+from lucid_jax.attention.walk import attention
 from lucid_jax.cache.packing import Packed
 from lucid_jax.cache.reading import SlotRun
 from lucid_jax.cache.tiles import ROWS, lies_on_lanes
