@@ -9,7 +9,8 @@ end_to_end.py (8 layers, hidden 512). Prompts of a batch are of unequal lengths,
 takes padded on the left. The floor is what cannot be left out, as XLA does it: the matrix products of
 the weights, one after the other where one waits for another's result, for a token of each row at every
 step and for the tokens of the prompts; the products of prompts' queries with the tokens before them, at
-the speed of those; and reading what is stored, at the speed of the weights.
+the speed of those; and the products of a step's queries with what is stored, of each row in an array of
+its own.
 """
 
 from __future__ import annotations
@@ -109,7 +110,6 @@ class Products(NamedTuple):
 
     seconds: float
     flops: int
-    nbytes: int
 
 
 AFTER = ("o_proj", "down_proj")  # of a block those that wait for the others'
@@ -149,15 +149,33 @@ def products(model: Any, rows: int, head_rows: int, rounds: int) -> Products:
         return jax.lax.fori_loop(0, turns, body, jnp.float32(1))
 
     turns = max(1, 64 // rows)
-    multiply(weights, turns).block_until_ready()
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        multiply(weights, turns).block_until_ready()
-        times.append((time.perf_counter() - start) / turns)
-    flat = [pair for stage in staged for pair in stage]
-    flops = sum(2 * n * w.size for n, w in flat)
-    return Products(statistics.median(times), flops, sum(w.nbytes for _, w in flat))
+    seconds = median_seconds(lambda: multiply(weights, turns).block_until_ready(), rounds) / turns
+    return Products(seconds, sum(2 * n * w.size for stage in staged for n, w in stage))
+
+
+def attention_seconds(model: Any, lengths: Sequence[int], rounds: int) -> float:
+    """Seconds that all layers' products of one query a row with so many stored tokens take.
+
+    Each row of each layer has arrays of its own, so that nothing is cut out of a larger one, or masked.
+    """
+    config = model.config
+    layers, heads = min(config.num_hidden_layers, 8), config.kv_heads
+    shapes = [(heads, n, config.dim_per_head) for n in lengths] * layers
+    stored = [(jnp.ones(shape), jnp.ones(shape)) for shape in shapes]
+    query = jnp.ones((heads, config.num_attention_heads // heads, config.dim_per_head))
+
+    @jax.jit
+    def attend(stored: Sequence[tuple[jax.Array, jax.Array]], query: jax.Array) -> jax.Array:
+        for row in range(0, len(stored), len(lengths)):  # a layer waits for the one before
+            outs = [
+                jnp.einsum("hsr,hsd->hrd", jnp.einsum("hsd,hrd->hsr", key, query), value)
+                for key, value in stored[row : row + len(lengths)]
+            ]
+            query = query + 1e-30 * sum(out[:1, :1, :1] for out in outs)
+        return query
+
+    seconds = median_seconds(lambda: attend(stored, query).block_until_ready(), 5 * rounds)
+    return seconds * config.num_hidden_layers / layers
 
 
 def floor_of(model: Any, lengths: Sequence[int], new: int, rounds: int) -> float:
@@ -169,9 +187,14 @@ def floor_of(model: Any, lengths: Sequence[int], new: int, rounds: int) -> float
     heads = config.num_hidden_layers * config.num_attention_heads
     attended = 4 * heads * config.dim_per_head * pairs
     prefill = large.seconds * (total / part + attended / large.flops)
-    token = 8 * config.num_hidden_layers * config.kv_heads * config.dim_per_head
-    stored = (new - 1) * token * (total + rows * new // 2)
-    return prefill + (new - 1) * step.seconds + stored / step.nbytes * step.seconds
+    stored = attention_seconds(model, [n + new // 2 for n in lengths], rounds)
+    return prefill + (new - 1) * (step.seconds + stored)
+
+
+def median_seconds(call: Callable[[], Any], rounds: int) -> float:
+    """Seconds of a call after the first."""
+    call()
+    return statistics.median(timed(call) for _ in range(rounds))
 
 
 def timed(call: Callable[[], Any]) -> float:
