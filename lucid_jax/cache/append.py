@@ -135,6 +135,9 @@ def _width(layer: TokenLayer, leaves: Packed) -> int:
 
 def put(layer: TokenLayer, chunk: Chunk) -> TokenLayer:
     """Stores a chunk's tokens and counts them."""
+    most = f"the capacity of {layer.capacity}" if layer.bounded else "what int32 can count"
+    counted = layer.advanced(chunk.count, chunk.ok, f"append past {most}; nothing was written")
+    chunk = _after(counted, chunk)
     new = dict(chunk.leaves)
     width = _width(layer, new)
     if layer.tracked:
@@ -152,10 +155,31 @@ def put(layer: TokenLayer, chunk: Chunk) -> TokenLayer:
     if last is not None:
         assert chunk.raw is not None
         last = tail.put(layer.buffer, last, chunk.raw, layer.position, chunk.count)
-    most = f"the capacity of {layer.capacity}" if layer.bounded else "what int32 can count"
-    return layer.replace(leaves=leaves, tail=last).advanced(
-        chunk.count, chunk.ok, f"append past {most}; nothing was written"
+    return counted.replace(leaves=leaves, tail=last)
+
+
+def _after(counted: TokenLayer, chunk: Chunk) -> Chunk:
+    """The chunk with where it goes as counted from the new position, on NVIDIA's GPUs.
+
+    XLA would keep a copy of the old one for what reads it after the new one is written in its place,
+    which is a kernel more.
+    """
+    if chunk.raw is not None:
+        return chunk
+
+    def again(position: jax.Array, count: jax.Array, *_: jax.Array) -> tuple[jax.Array, ...]:
+        position, count = lax.optimization_barrier((position, count))
+        return position - count, count, count > 0
+
+    first, count, ok = lax.platform_dependent(
+        counted.position,
+        chunk.count,
+        chunk.first,
+        chunk.ok,
+        cuda=again,
+        default=lambda _, count, first, ok: (first, count, ok),
     )
+    return dataclasses.replace(chunk, first=first, stored=count, count=count, ok=ok)
 
 
 def _write_dense(

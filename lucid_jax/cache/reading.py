@@ -46,6 +46,12 @@ class SlotMap:
         def replace(self, **updates: Any) -> SlotMap:
             """A copy with some fields changed; flax adds it."""
 
+    @property
+    def in_order(self) -> bool:
+        """Whether each slot holds the position after that of the slot before."""
+        plain = self.held is None and self.evicted is None
+        return plain and bool(self.layout.dense)
+
     def counted(self, begin: jax.Array, size: int) -> jax.Array:
         """Positions of slots [begin, begin + size) without gaps, int32 [S] or [B, S]; live or not."""
         if self.held is not None:

@@ -235,11 +235,11 @@ class TokenLayer:
     def advanced(self, by: jax.Array, ok: jax.Array, what: str) -> Self:
         """Counters after `by` more tokens came where `ok`."""
         position = self.position + jnp.where(ok, by, 0)
-        return self.replace(
-            position=position,
-            reach=jnp.maximum(self.reach, position),
-            overflowed=self.flag(ok, what),
-        )
+        reach = jnp.maximum(self.reach, position)
+        # What always holds makes a chain of all three: XLA for GPUs computes scalars in one kernel
+        # only if each is an operand of the next.
+        overflowed = self.flag(ok, what) & (reach >= position)
+        return self.replace(position=position, reach=reach, overflowed=overflowed)
 
     # --- what every layer state answers --------------------------------------------------------
 
