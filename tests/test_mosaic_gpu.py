@@ -98,7 +98,8 @@ def test_queries_of_16_bits_go_in_as_they_are(dtype):
     (64, "identity"), (80, "int8"), (96, "identity"), (128, "int4"), (256, "identity"),
 ])  # fmt: skip
 def test_heads_of_every_width(dim, codec):
-    state = stored(lj.Static(SLOTS, CODECS[codec]), dim=dim, value_dim=dim)
+    # Where slots are no multiple of 8, keys and values take more room.
+    state = stored(lj.Static(SLOTS + 5, CODECS[codec]), dim=dim, value_dim=dim)
     agree(*both(state, asked(0, 1, dim, "float32")))
 
 
@@ -116,6 +117,36 @@ def test_what_is_read_in_many_turns_races_with_nothing(dim, codec, monkeypatch):
         new = [jnp.asarray(x, "bfloat16") for x in tokens(seed, B, 300, dim=dim, value_dim=dim)]
         state = lj.update(state, *new, 0, lengths=[300, 20])
     agree(*both(state, asked(0, 1, dim, "float32")))
+
+
+@interprets
+@pytest.mark.parametrize("ragged", [False, True])
+def test_it_is_mapped_as_the_walk_is(ragged):
+    """By `vmap`, over caches and queries."""
+    new = [jnp.asarray(np.stack([tokens(s, B, 70, dim=D)[0] for s in (i, i + 3)]), "bfloat16")
+           for i in (0, 1)]  # fmt: skip
+    query = jnp.stack([asked(seed, 1) for seed in (0, 1)])
+    state = make(lj.Static(SLOTS), ragged=ragged, dim=D, value_dim=D, dtype="bfloat16")
+
+    def run(name):
+        def step(query, key, value):
+            return lj.extend(
+                lj.update(state, key[:, :, 1:], value[:, :, 1:], 0), query, key[:, :, :1],
+                value[:, :, :1], 0, implementation=name, return_lse=True,
+            )[0]  # fmt: skip
+
+        return jax.tree.map(np.float32, jax.vmap(step)(query, *new))
+
+    agree(run("kernel"), run("walk"), rtol=2**-7, atol=1e-5)
+
+
+@interprets
+@pytest.mark.parametrize("codec", ["identity", "int4"])
+def test_it_counts_in_32_bits_where_64_are_enabled(codec):
+    query = asked(0, 1, dtype="float32")
+    with jax.enable_x64(True):
+        agree(*both(stored(LAYOUTS["static"].but(codec=CODECS[codec])), query))
+        agree(*both(stored(LAYOUTS["sliding"].but(codec=CODECS[codec]), ragged=True), query))
 
 
 @interprets
@@ -260,6 +291,7 @@ def test_blocks_that_hold_nothing_seen_are_not_read(layout, options, blocks, mon
     jax.clear_caches()  # an earlier program would call the interpreter's own
     lj.attend(state, asked(0, 1), 0, implementation="kernel", **options).block_until_ready()
     jax.clear_caches()
-    # Of each KV head and row the queries twice, what is seen of all blocks, and keys and values.
-    all_of_them = -(-state.layers[0].num_slots // 64)
-    assert len(copies) == B * H * (2 + all_of_them) + H * 2 * blocks
+    # Of each KV head and row the queries twice, and keys and values; where two positions do not say
+    # what is seen, also that, of all blocks.
+    looked_at = 0 if layout == "static" else -(-state.layers[0].num_slots // 64)
+    assert len(copies) == B * H * (2 + looked_at) + H * 2 * blocks

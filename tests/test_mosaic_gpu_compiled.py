@@ -88,16 +88,37 @@ def test_shapes_and_options(stored, how, capfd, request):
     check(codec, capfd, **{"dim": dim, "group": 4, **how})
 
 
-def _state(slots, **options):
+@pytest.mark.parametrize("spec", [
+    lj.Static(SLOTS + 3), lj.Sliding(SLOTS, sinks=4), lj.Static(SLOTS + 1, lj.codecs.Int8()),
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("dim", [64, 256])
+def test_any_number_of_slots(spec, dim):
+    """Of what is no multiple of 8 slots TMA lays out nothing for the tensor cores."""
+    program, cache, leaf = compiled(TARGET, spec, dim=dim, group=4, ragged=True)
+    text = program.as_text()
+    assert "mosaic_gpu" in text
+    assert program.memory_analysis().temp_size_in_bytes < cache / 16
+    assert not moved(read_program(text).computations.values(), leaf // 2)
+
+
+def _state(spec, **options):
     sizes = dict(num_layers=1, batch_size=8, num_kv_heads=8, head_dim=128, dtype=jnp.bfloat16)
-    return jax.eval_shape(lambda: lj.init_cache(lj.Static(slots), **sizes, **options))
+    return jax.eval_shape(lambda: lj.init_cache(spec, **sizes, **options))
 
 
-def test_launches_of_a_step():
-    """`extend` of a token: five of the update, and of attention four."""
-    state = _state(8192)
+@pytest.mark.parametrize("ragged", [False, True], ids=["aligned", "ragged"])
+@pytest.mark.parametrize("codec, attend, update", [
+    (lj.codecs.Identity(), 2, 3), (lj.codecs.Int8(), 2, {False: 7, True: 5}),
+], ids=["bf16", "int8"])  # fmt: skip
+def test_launches_of_a_step(codec, attend, update, ragged):
+    """Of a token: the kernel, and what its programs found joined; counters, and each leaf's write.
+
+    Codes of an aligned layer are computed first, and then written.
+    """
+    state = _state(lj.Static(8192, codec), ragged=ragged)
     new = jax.ShapeDtypeStruct((8, 8, 1, 128), jnp.bfloat16)
     query = jax.ShapeDtypeStruct((8, 32, 1, 128), jnp.bfloat16)
+    update = update[ragged] if isinstance(update, dict) else update
     steps = {
         "attend": lambda s, q, k, v: lj.attend(s, q, 0),
         "update": lambda s, q, k, v: lj.update(s, k, v, 0),
@@ -109,16 +130,38 @@ def test_launches_of_a_step():
         for name, step in steps.items()
     }  # fmt: skip
     assert {name: report.launches for name, report in reports.items()} == {
-        "attend": 4, "update": 5, "extend": 9,
+        "attend": attend, "update": update, "extend": attend + update,
     }  # fmt: skip
     assert not reports["extend"].faults()
+
+
+@pytest.mark.parametrize("way", ["mapped", "x64"])
+@pytest.mark.parametrize("ragged", [False, True], ids=["aligned", "ragged"])
+def test_mapped_and_with_64_bits(way, ragged):
+    """A step under `vmap`, or where integers are 64 bits wide, is in the kernel and in place."""
+    state = _state(lj.Static(4096), ragged=ragged)
+    new = jax.ShapeDtypeStruct((8, 8, 1, 128), jnp.bfloat16)
+    query = jax.ShapeDtypeStruct((8, 32, 1, 128), jnp.bfloat16)
+    given = state, query, new, new
+
+    def step(state, query, key, value):
+        return lj.extend(state, query, key, value, 0)
+
+    if way == "mapped":
+        given = jax.tree.map(lambda x: jax.ShapeDtypeStruct((2, *x.shape), x.dtype), given)
+    with jax.enable_x64(way == "x64"):
+        report = inspect(
+            jax.vmap(step) if way == "mapped" else step, *given, donate=0, target=TARGET
+        )
+    assert report.launches <= 6
+    assert not report.faults()
 
 
 def test_each_device_of_a_mesh_runs_the_kernel_on_its_own():
     """In `shard_map`, rows of different lengths and heads divided."""
     devices = targets.open_target("gpu:h100:2").devices
     mesh = jax.sharding.Mesh(devices, ("x",), axis_types=(AxisType.Auto,))
-    state = _state(4096, ragged=True)
+    state = _state(lj.Static(4096), ragged=True)
     where = lj.shardings(state, mesh, heads="x")
     specs = jax.tree.map(lambda x: x.spec, where)
     heads = PartitionSpec(None, "x")

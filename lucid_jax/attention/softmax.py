@@ -82,6 +82,7 @@ class Reader:
     mask: Mask
     slot_run: SlotRun
     sight: Sight
+    queries: RowsByLeaf  # (B, N, T, D), as they were given: neither scaled nor rotated
 
     def scored(
         self, rows: RowsByLeaf, stored: Packed, bias: jax.Array | None, block: Block

@@ -56,6 +56,7 @@ class _Asked:
     slot_runs: tuple[SlotRun, ...]  # without their tokens
     mask: Mask  # without its bias
     scores: Scores  # without the sinks
+    queries: RowsByLeaf  # as they were given, beside the rows that gradients go through
 
 
 @struct.dataclass
@@ -89,7 +90,8 @@ def attention(
     tokens = tuple(slot_run.only({*queries, slot_run.mixed}) for slot_run in slot_runs)
     inputs = _Inputs(rows_of(queries, mask, scores), tokens, mask.bias, scores.sink_logits)
     bare = tuple(slot_run.replace(leaves=None) for slot_run in slot_runs)
-    asked = _Asked(bare, mask.replace(bias=None), scores.replace(sink_logits=None))
+    given = lax.stop_gradient(queries)
+    asked = _Asked(bare, mask.replace(bias=None), scores.replace(sink_logits=None), given)
     out, lse = _attention(way, *varying_as((inputs, asked)))
     shape = next(iter(queries.values())).shape[:3]
     return out.reshape(*shape, -1), lse.reshape(shape)
@@ -133,7 +135,7 @@ def _readers(inputs: _Inputs, asked: _Asked) -> Iterator[tuple[int, int, Reader]
         for p, slot_run in enumerate(asked.slot_runs):
             if p == 0 and sight.slots is not None:
                 slot_run = slot_run.replace(stop=jnp.minimum(slot_run.stop, sight.slots))
-            yield r, p, Reader(asked.scores, mask, slot_run, sight)
+            yield r, p, Reader(asked.scores, mask, slot_run, sight, asked.queries)
 
 
 # --- backward ----------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from jax import lax
 from lucid_jax.attention.blocks import ByBlocks, each_block
 from lucid_jax.attention.gpu import pieces
 from lucid_jax.attention.gpu.plan import SLOTS, TILE, Plan
+from lucid_jax.attention.gpu.seen import Between, BySlot, Seen
 from lucid_jax.attention.kernel_inputs import (
     added_to_scores,
     interpreted,
@@ -102,7 +103,7 @@ class MosaicGPU:
             for form in (slot_run.key_form, slot_run.value_form):
                 if not pieces.takes(form):
                     return f"does not read {type(form).__name__} of {form.dtype}"
-                if form.dim > MOST_WIDTH or pieces.cut_of(form) is None:
+                if form.dim > MOST_WIDTH or pieces.cut_of(form, slot_run.size) is None:
                     return f"multiplies 16 channels at a time, of at most {MOST_WIDTH}: not {form}"
             shape = batch, mask.num_kv_heads, rows
             many = tokens > 1 or mask.by_head
@@ -135,17 +136,17 @@ class _Kernel:
 
         slot_run = read.slot_run
         count = rows["key"].shape[2]
-        added = added_to_scores(read, count)
+        seen = _seen(read, count)
         plan = _plan(
             self.backend,
             rows["key"].shape[:3],
             slot_run,
             read.scores,
             self.dtype,
-            added.shape[2] > 1,
+            isinstance(seen, BySlot) and seen.added.shape[3] > 1,
+            isinstance(seen, Between),
         )
-        added = _in_blocks(added, plan.rows)
-        query = _narrow(padded_rows(rows["key"], plan.rows), plan, slot_run.key_form)
+        query = _multiplied(rows["key"], read.queries["key"], plan, slot_run.key_form)
         key = pieces.arrays_of(plan.key, stored["key"])
         top, total, mixed = kernel.softmax(
             plan,
@@ -153,8 +154,7 @@ class _Kernel:
             _sums(query, plan.key) if "offset" in key else None,
             key,
             pieces.arrays_of(plan.value, stored["value"]),
-            added,
-            jnp.max(added, axis=3),
+            seen,
             layer_number(slot_run).reshape(1),
         )
         if plan.value.coded:
@@ -183,15 +183,18 @@ def _plan(
     scores: Scores,
     dtype: str,
     many: bool,
+    between: bool = False,
 ) -> Plan:
     """What a run is read by, for rows (B, H, R) that were given in a dtype."""
     batch, heads, rows = shape
-    key, value = (pieces.cut_of(form) for form in (slot_run.key_form, slot_run.value_form))
+    key, value = (
+        pieces.cut_of(form, slot_run.size) for form in (slot_run.key_form, slot_run.value_form)
+    )
     assert key is not None and value is not None
     # Queries that were given in what is multiplied go in as they were, and then scores are scaled.
     given = slot_run.key_form is key.form and dtype == key.dtype
     scaled = given and 2**-20 < abs(scores.scale) < 2**20
-    padded = -(-rows // ROWS) * ROWS
+    padded = _padded(rows)
     # What a program writes, and is read again, is then a small part of what it reads.
     most = slot_run.size // (SLOTS * FEWEST_TURNS * padded // ROWS)
     return Plan(
@@ -205,17 +208,36 @@ def _plan(
         scale=scores.scale if scaled else 1.0,
         softcap=scores.softcap,
         many=many,
+        between=between,
         splits=max(1, min(backend.programs // (batch * heads), most)),
         interpret=backend.interpret,
     )
 
 
-def _narrow(rows: jax.Array, plan: Plan, form: Form) -> jax.Array:
-    """Queries as numbers of 16 bits, (B, H, parts, R, D), that add up to them."""
-    dtype = plan.key.dtype
-    if plan.parts == 1:
-        return (rows / plan.scale).astype(dtype)[:, :, None]
-    rows, parts = turned_for(form, rows), []
+def _padded(rows: int) -> int:
+    return -(-rows // ROWS) * ROWS
+
+
+def _seen(read: Reader, count: int) -> Seen:
+    """What `count` rows see."""
+    between = read.mask.seen_between(read.slot_run, read.sight)
+    if between is not None:
+        return Between(*(x.reshape(-1) for x in between))
+    added = _in_blocks(added_to_scores(read, count), _padded(count))
+    return BySlot(added, jnp.max(added, axis=3))
+
+
+def _multiplied(rows: jax.Array, given: jax.Array, plan: Plan, form: Form) -> jax.Array:
+    """Queries as numbers of 16 bits, (B, H, parts, R, D), that add up to them.
+
+    The kernel reads as zeros what fewer than 8 rows lack.
+    """
+    count = rows.shape[2]
+    if count > ROWS:
+        count = plan.rows
+    if plan.parts == 1:  # before they were scaled
+        return padded_rows(given.reshape(rows.shape), count)[:, :, None]
+    rows, dtype, parts = turned_for(form, padded_rows(rows, count)), plan.key.dtype, []
     for _ in range(plan.parts):
         bits = jnp.finfo(dtype)
         # Not by a cast there and back, which XLA leaves out.

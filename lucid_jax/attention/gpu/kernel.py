@@ -17,6 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from lucid_jax.attention.gpu.pieces import Cut, Piece
 from lucid_jax.attention.gpu.plan import AHEAD, Plan
 from lucid_jax.attention.gpu.program import Program
+from lucid_jax.attention.gpu.seen import Seen
 
 
 @partial(jax.jit, static_argnums=0)
@@ -26,20 +27,18 @@ def softmax(
     sums: jax.Array,
     key: Piece,
     value: Piece,
-    added: jax.Array,
-    alive: jax.Array,
+    seen: Seen,
     number: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The softmax of rows over what they see, of each program apart.
 
     Args:
         plan: static facts.
-        queries: (B, H, parts, R, D), of 16 bits.
+        queries: (B, H, parts, R, D), of 16 bits; some rows may lack where R is 8.
         sums: float32 (B, H, groups, 64), of queries over the channels that share an offset.
         key: the arrays of keys, (B, H, S, ...), before them the stack's axis.
         value: those of values.
-        added: float32 (B or 1, H or 1, blocks, R or 1, slots), what is added to scores; -inf hides.
-        alive: float32 (B or 1, H or 1, blocks, slots), -inf for slots that no row sees.
+        seen: what rows see.
         number: int32 [1], which layer of a stack.
 
     Returns:
@@ -56,7 +55,7 @@ def softmax(
         axes = arrays["numbers"].ndim - 2
         return {name: x.reshape(-1, *x.shape[axes:]) for name, x in arrays.items()}
 
-    given = (queries, sums, merged(key), merged(value), added, alive, number)
+    given = (queries, sums, merged(key), merged(value), seen, number)
     leaves, tree = jax.tree.flatten(given)
 
     def body(*refs: Any, **scratch: Any) -> None:
@@ -85,7 +84,7 @@ def _scratch(plan: Plan) -> dict[str, Any]:
         "query": plan.key,
         "weights": plan.value,  # laid out as what it is multiplied with
         **{
-            f"{name}_wide" if cut.coded else f"{name}_read": cut
+            f"{name}_wide" if cut.staged else f"{name}_read": cut
             for name, cut in (("key", plan.key), ("value", plan.value))
         },
     }
@@ -99,7 +98,7 @@ def _scratch(plan: Plan) -> dict[str, Any]:
         return plgpu.SMEM(*arrays[name], transforms=transforms)
 
     def copies(cut: Cut) -> int:
-        return 1 if cut.coded else cut.count
+        return 1 if cut.staged else cut.count
 
     places: dict[str, Any] = {name: shared(name) for name in arrays}
     for one, other in plan.same_place(stages):
@@ -108,7 +107,7 @@ def _scratch(plan: Plan) -> dict[str, Any]:
         **places,
         **({"both_here": plgpu.Barrier(num_arrivals=2)} if plan.threads > 1 else {}),
         "query_here": plgpu.Barrier(num_arrivals=plan.parts * plan.key.count),
-        "alive_here": plgpu.Barrier(num_barriers=AHEAD * stages),
+        **({} if plan.between else {"alive_here": plgpu.Barrier(num_barriers=AHEAD * stages)}),
         "key_here": plgpu.Barrier(num_arrivals=copies(plan.key) + plan.many, num_barriers=stages),
         "value_here": plgpu.Barrier(num_arrivals=copies(plan.value), num_barriers=stages),
     }

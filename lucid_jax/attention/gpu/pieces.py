@@ -20,6 +20,7 @@ Piece = dict[str, jax.Array]
 
 MOST_CHANNELS = 128  # of a piece: 64 rows of it are 64 registers of each thread
 FEWEST_CHANNELS = 16  # what a tensor core multiplies at once
+LAID_OUT = 8  # slots that TMA lays out together for the tensor cores
 NARROW = ("bfloat16", "float16")
 
 
@@ -44,10 +45,14 @@ class Cut:
     Attributes:
         form: how the leaf is stored.
         width: channels of a piece.
+        staged: whether numbers are brought as they lie, and laid out for the tensor cores inside the
+            kernel: codes, which are widened too, and what is not a multiple of 8 slots, of which TMA
+            lays out none.
     """
 
     form: Form
     width: int
+    staged: bool
 
     @property
     def count(self) -> int:
@@ -68,12 +73,14 @@ class Cut:
 
     @property
     def stored_width(self) -> int:
-        """Codes of a token."""
+        """Codes or numbers of a token."""
         return self.form.dim // (2 if isinstance(self.form, Nibbles) else 1)
 
     @property
     def stored_dtype(self) -> jnp.dtype:
-        """What codes are stored as."""
+        """What codes or numbers are stored as."""
+        if not self.coded:
+            return self.dtype
         signed = isinstance(self.form, Scaled) and self.form.code == "int8"
         dtype: jnp.dtype = jnp.dtype(jnp.int8 if signed else jnp.uint8)
         return dtype
@@ -88,8 +95,8 @@ class Cut:
         return piece * self.width * self.groups // self.form.dim
 
 
-def cut_of(form: Form) -> Cut | None:
-    """How the kernel divides a leaf's channels; None if it cannot."""
+def cut_of(form: Form, slots: int) -> Cut | None:
+    """How the kernel divides a leaf's channels, of so many slots; None if it cannot."""
     form = plain(form)
     if isinstance(form, Nibbles):
         if form.dim % 2:
@@ -100,7 +107,8 @@ def cut_of(form: Form) -> Cut | None:
     if whole % FEWEST_CHANNELS:
         return None
     widths = range(FEWEST_CHANNELS, min(whole, MOST_CHANNELS) + 1, FEWEST_CHANNELS)
-    return Cut(form, max(n for n in widths if whole % n == 0))
+    staged = isinstance(form, (Scaled, Nibbles)) or slots % LAID_OUT != 0
+    return Cut(form, max(n for n in widths if whole % n == 0), staged)
 
 
 def arrays_of(cut: Cut, stored: Any) -> Piece:
@@ -117,7 +125,9 @@ def arrays_of(cut: Cut, stored: Any) -> Piece:
 
 
 def widened(cut: Cut, codes: jax.Array, side: Any) -> jax.Array:
-    """Codes, a byte each or two a byte, as numbers that are exact in bfloat16."""
+    """Codes, a byte each or two a byte, as numbers that are exact in bfloat16; numbers as they are."""
+    if not cut.coded:
+        return codes
     if isinstance(cut.form, Nibbles):
         four_bits: jax.Array = (codes.astype(jnp.int32) >> (4 * side)) & 15
         return four_bits.astype(jnp.float32).astype(jnp.bfloat16)

@@ -33,6 +33,7 @@ class Plan:
         scale: multiplies scores.
         softcap: see `attend`.
         many: whether what is added to scores differs by row.
+        between: whether what is seen is told by two positions, and not slot by slot.
         splits: programs among which the blocks of a row are dealt out.
         interpret: as of `plgpu.kernel`.
     """
@@ -47,6 +48,7 @@ class Plan:
     scale: float
     softcap: float | None
     many: bool
+    between: bool
     splits: int
     interpret: Any
 
@@ -87,7 +89,7 @@ class Plan:
         wide: dict[str, tuple[tuple[int, ...], Any]] = {}
         for name, cut in (("key", self.key), ("value", self.value)):
             shape = (cut.count, SLOTS, cut.width)
-            if cut.coded:
+            if cut.staged:
                 wide[f"{name}_wide"] = shape, cut.dtype
                 wide[f"{name}_read"] = (stages, SLOTS, cut.stored_width), cut.stored_dtype
             else:
@@ -96,7 +98,7 @@ class Plan:
             **wide,
             "query": ((self.parts, self.key.count, TILE, self.key.width), self.key.dtype),
             "weights": ((self.threads, WEIGHTS, TILE, SLOTS), self.value.dtype),
-            "alive": ((AHEAD * stages, SLOTS), jnp.float32),
+            **({} if self.between else {"alive": ((AHEAD * stages, SLOTS), jnp.float32)}),
             **({"bias": ((stages, TILE, SLOTS), jnp.float32)} if self.many else {}),
             "mixed": ((self.threads, TILE, self.value.width), jnp.float32),
             "stats": ((2, TILE), jnp.float32),
@@ -111,8 +113,8 @@ class Plan:
         """Of which arrays the second lies where the first was, which is of no use any more by then."""
         sizes = self._sizes(stages)
         last = max(("key_read", "query"), key=sizes.__getitem__), "mixed"
-        coded = self.key.coded and self.value.coded
-        return (last, ("key_wide", "value_wide")) if coded else (last,)
+        staged = self.key.staged and self.value.staged
+        return (last, ("key_wide", "value_wide")) if staged else (last,)
 
     def _sizes(self, stages: int) -> dict[str, int]:
         return {

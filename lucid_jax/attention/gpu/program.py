@@ -16,6 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from lucid_jax.attention.gpu.pieces import Cut, as_float, widened
 from lucid_jax.attention.gpu.plan import AHEAD, SLOTS, TILE, WEIGHTS, Plan
+from lucid_jax.attention.gpu.seen import Between, BySlot, Seen
 
 _TILED = plgpu.Layout.WGMMA  # of (64, columns) registers
 _ROW, _COL = _TILED.reduce(1), _TILED.reduce(0)  # of one number a row, and one a column
@@ -30,7 +31,7 @@ class Program:
 
     def __init__(
         self, plan: Plan, scratch: dict[str, Any], outs: Any, queries: Any, sums: Any, key: Any,
-        value: Any, added: Any, alive: Any, number: Any,
+        value: Any, seen: Seen, number: Any,
     ) -> None:  # fmt: skip
         self.plan, self.outs = plan, outs
         self.scratch: dict[str, Any] = {}
@@ -40,28 +41,36 @@ class Program:
         self.half = lax.axis_index("half") if plan.threads > 1 else 0
         self.first = self.half == 0
         self.queries, self.sums, self.key, self.value = queries, sums, key, value
-        self.added, self.alive = added, alive
+        self.seen = seen
         split, head, row = (lax.axis_index(name) for name in ("split", "head", "row"))
         self.split, self.head, self.row = split, head, row
         self.leaf = (number[0] * plan.batch + row) * plan.heads + head
-        self.mask_row = row if added.shape[0] > 1 else 0
-        self.mask_head = head if added.shape[1] > 1 else 0
+        if isinstance(seen, Between):
+            first, low, high = (x[row if x.shape[0] > 1 else 0] for x in seen)
+            self.slots_seen = low - first, high - first
+        else:
+            batch, heads = seen.alive.shape[:2]
+            self.mask_at = row if batch > 1 else 0, head if heads > 1 else 0
 
     def __call__(self) -> None:
         """Reads the program's blocks, some ahead, and writes its softmax."""
         plan, held = self.plan, self.scratch
+        # TMA reads zeros past the end, to which JAX agrees only of a start that it does not know.
+        all_rows = pl.ds(self.split * 0, plan.rows)
 
         @pl.when(self.first)
         def _() -> None:
             for part in range(plan.parts):
                 for piece in range(plan.key.count):
                     plgpu.copy_gmem_to_smem(
-                        self.queries.at[self.row, self.head, part, :, _channels(plan.key, piece)],
+                        self.queries.at[
+                            self.row, self.head, part, all_rows, _channels(plan.key, piece)
+                        ],
                         held["query"].at[part, piece, pl.ds(0, plan.rows)],
                         held["query_here"],
                     )
 
-        for turn in range(AHEAD * plan.stages):
+        for turn in range(0 if plan.between else AHEAD * plan.stages):
             self._look(jnp.int32(turn))
         for turn in range(plan.stages):
             self._fetch(jnp.int32(turn))
@@ -71,7 +80,8 @@ class Program:
             carry = lax.cond(self._seen(turn), partial(self._read, turn), lambda x: x, carry)
             plgpu.commit_smem()  # what was read may be written over
             self._meet()
-            self._look(turn + AHEAD * plan.stages)
+            if not plan.between:
+                self._look(turn + AHEAD * plan.stages)
             self._fetch(turn + plan.stages)
             return carry
 
@@ -122,15 +132,45 @@ class Program:
         return self.split + turn * self.plan.splits
 
     def _slots(self, turn: Any) -> Any:
-        first = jnp.minimum(self._block(turn) * SLOTS, self.plan.size - SLOTS)
-        return pl.ds(first, SLOTS)
+        return pl.ds(self._begin(turn), SLOTS)
+
+    def _begin(self, turn: Any) -> Any:
+        """The first slot that is read for a block; the last block ends with the last slot."""
+        return jnp.minimum(self._block(turn) * SLOTS, self.plan.size - SLOTS)
 
     def _exists(self, turn: Any) -> Any:
         return self._block(turn) < self.plan.blocks
 
     def _seen(self, turn: Any) -> Any:
-        """Whether a block that was looked at is there and holds something seen."""
+        """Whether a block, which has been looked at, is there and holds something seen."""
+        if self.plan.between:
+            low, high = self._new(turn)
+            return self._exists(turn) & (low < high)
         return self._exists(turn) & (jnp.max(self._alive(turn, _COL)) > -jnp.inf)
+
+    def _new(self, turn: Any) -> tuple[Any, Any]:
+        """The slots of a block that are seen, but for those that the block before has too."""
+        low, high = self.slots_seen
+        return jnp.maximum(low, self._block(turn) * SLOTS), jnp.minimum(
+            high, self._begin(turn) + SLOTS
+        )
+
+    def _dead(self, turn: Any, width: int, axis: int) -> Any:
+        """Which slots of a block, along an axis of (64, width), no row sees."""
+        if self.plan.between:
+            low, high = self._new(turn)
+            begin, shape = self._begin(turn), (TILE, width)
+            slot = plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=_TILED)
+            return (slot < low - begin) | (slot >= high - begin)
+        alive = self._alive(turn, _COL if axis else _ROW)
+        return (_down(alive) if axis else _across(alive, width)) == -jnp.inf
+
+    def _has_dead(self, turn: Any) -> Any:
+        """Whether some slot of a block is seen by no row."""
+        if self.plan.between:
+            low, high = self._new(turn)
+            return high - low < SLOTS
+        return jnp.min(self._alive(turn, _COL)) == -jnp.inf
 
     def _alive(self, turn: Any, layout: Any) -> Any:
         ring = self.scratch["alive"]
@@ -143,30 +183,39 @@ class Program:
     def _look(self, turn: Any) -> None:
         """Has brought what is seen of a block."""
         held, ring = self.scratch, lax.rem(turn, jnp.int32(AHEAD * self.plan.stages))
+        assert isinstance(self.seen, BySlot)
+        alive = self.seen.alive
 
         @pl.when(self._exists(turn) & self.first)
         def _() -> None:
             plgpu.copy_gmem_to_smem(
-                self.alive.at[self.mask_row, self.mask_head, self._block(turn)],
+                alive.at[(*self.mask_at, self._block(turn))],
                 held["alive"].at[ring],
                 held["alive_here"].at[ring],
             )
 
-    def _fetch(self, turn: Any) -> None:
-        """Has a block brought, if something in it is seen."""
-        plan, held = self.plan, self.scratch
+    def _wait_for_look(self, turn: Any) -> None:
+        if self.plan.between:
+            return
 
         @pl.when(self._exists(turn))
         def _() -> None:
-            ring = lax.rem(turn, jnp.int32(AHEAD * plan.stages))
-            plgpu.barrier_wait(held["alive_here"].at[ring])
+            ring = lax.rem(turn, jnp.int32(AHEAD * self.plan.stages))
+            plgpu.barrier_wait(self.scratch["alive_here"].at[ring])
+
+    def _fetch(self, turn: Any) -> None:
+        """Has a block brought, if something in it is seen."""
+        plan, held, seen = self.plan, self.scratch, self.seen
+
+        self._wait_for_look(turn)
 
         @pl.when(self._seen(turn) & self.first)
         def _() -> None:
             stage, slots = self._stage(turn), self._slots(turn)
             if plan.many:
+                assert isinstance(seen, BySlot)
                 plgpu.copy_gmem_to_smem(
-                    self.added.at[self.mask_row, self.mask_head, self._block(turn)],
+                    seen.added.at[(*self.mask_at, self._block(turn))],
                     held["bias"].at[stage, pl.ds(0, plan.rows)],
                     held["key_here"].at[stage],
                 )
@@ -175,7 +224,7 @@ class Program:
             ):  # fmt: skip
                 read, here = held[f"{name}_read"].at[stage], held[f"{name}_here"].at[stage]
                 numbers = arrays["numbers"].at[self.leaf, slots]
-                if cut.coded:
+                if cut.staged:
                     plgpu.copy_gmem_to_smem(numbers, read, here)
                     continue
                 for piece in range(cut.count):
@@ -193,12 +242,12 @@ class Program:
         score = self._scores(turn)
         if plan.softcap is not None:
             score = plan.softcap * _tanh(score / plan.softcap)
-        if plan.many:
-            bias = held["bias"].at[stage]
-            added = _load(bias, _TILED)
+        if plan.between:
+            score = jnp.where(self._dead(turn, SLOTS, 1), -jnp.inf, score)
         else:
-            added = _down(self._alive(turn, _COL))
-        score = jnp.where(added == -jnp.inf, -jnp.inf, score + added)
+            bias = held["bias"].at[stage] if plan.many else None
+            added = _down(self._alive(turn, _COL)) if bias is None else _load(bias, _TILED)
+            score = jnp.where(added == -jnp.inf, -jnp.inf, score + added)
 
         now = jnp.maximum(top, jnp.max(score, axis=1))
         shift = jnp.where(now == -jnp.inf, 0.0, now)
@@ -257,8 +306,8 @@ class Program:
             return weights, None
 
         def times(name: str) -> Any:
-            half = self._beside(self.value, name, turn, group) * 0.5
-            return weights * _down(jnp.where(self._alive(turn, _COL) == -jnp.inf, 0.0, half))
+            half = _down(self._beside(self.value, name, turn, group) * 0.5)
+            return weights * jnp.where(self._dead(turn, SLOTS, 1), 0.0, half)
 
         shifted = jnp.sum(times("offset"), axis=1) if "offset" in self.value else None
         return times("scale"), shifted
@@ -286,16 +335,16 @@ class Program:
         """A block's values, of which those that no row sees are finite."""
         plan, cut = self.plan, self.plan.value
         pieces = [self._piece(i) for i in range(plan.own)]
-        if cut.coded:  # codes are finite, whatever a slot holds
+        if cut.staged:
             self._meet()  # where they go keys may be
             for piece in pieces:
                 self._widen("value", cut, turn, piece)
             return self.scratch["value_wide"]
         values = self.scratch["value_read"].at[self._stage(turn)]
 
-        @pl.when(jnp.min(self._alive(turn, _COL)) == -jnp.inf)
+        @pl.when(self._has_dead(turn))
         def _() -> None:
-            dead = _across(self._alive(turn, _ROW), cut.width) == -jnp.inf
+            dead = self._dead(turn, cut.width, 0)
             for piece in pieces:
                 one = _load(values.at[piece], _TILED)
                 values[piece] = jnp.where(dead, jnp.zeros((), cut.dtype), one)
@@ -305,7 +354,7 @@ class Program:
     def _keys(self, turn: Any) -> Any:
         """A block's keys as they are multiplied, (pieces, slots, width)."""
         plan, cut = self.plan, self.plan.key
-        if not cut.coded:
+        if not cut.staged:
             return self.scratch["key_read"].at[self._stage(turn)]
         for piece in range(cut.count):
             # One warpgroup widens what both read.
@@ -317,11 +366,14 @@ class Program:
         return self.scratch["key_wide"]
 
     def _widen(self, name: str, cut: Cut, turn: Any, piece: Any) -> None:
-        """Codes of a piece as numbers of 16 bits."""
+        """A piece as numbers of 16 bits, laid out for the tensor cores."""
         first = piece * cut.width
         side, first = first // cut.stored_width, first % cut.stored_width
         read = self.scratch[f"{name}_read"].at[self._stage(turn), :, pl.ds(first, cut.width)]
-        self.scratch[f"{name}_wide"][piece] = widened(cut, _load(read, _TILED), side)
+        wide = widened(cut, _load(read, _TILED), side)
+        if name == "value" and not cut.coded:  # codes are finite, whatever a slot holds
+            wide = jnp.where(self._dead(turn, cut.width, 0), jnp.zeros((), cut.dtype), wide)
+        self.scratch[f"{name}_wide"][piece] = wide
 
     def _beside(self, arrays: Any, name: str, turn: Any, group: Any) -> Any:
         """Scales or offsets of a block, float32 (slots)."""
