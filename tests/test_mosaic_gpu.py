@@ -94,6 +94,27 @@ def test_queries_of_16_bits_go_in_as_they_are(dtype):
 
 
 @interprets
+@pytest.mark.parametrize("dim", [64, 96, 128])
+@pytest.mark.parametrize("queries_dtype", ["float32", "bfloat16"])
+def test_float32_is_multiplied_as_float32(dim, queries_dtype):
+    """Taken apart into three numbers of bfloat16; dead slots may hold anything."""
+    state = stored(lj.Static(SLOTS), ragged=True, dim=dim, dtype="float32")
+    got, expected = both(poison(state), asked(0, 1, dim, queries_dtype))
+    agree(got, expected, rtol=2e-6 if queries_dtype == "float32" else 2**-7, atol=2e-6)
+
+
+@interprets
+def test_float32_at_the_ends_of_its_range():
+    """The largest numbers do not become infinite, and what is none goes where the walk has it."""
+    state = stored(lj.Static(SLOTS), dtype="float32")
+    key, value = (np.float32(x) for x in tokens(9, B, 1, dim=D, value_dim=DV))
+    ends = np.finfo(np.float32)
+    value[:, :, 0, :3] = ends.max, ends.min, np.nan
+    state = lj.update(state, key, value, 0)
+    agree(*both(state, asked(0, 1, dtype="float32")))
+
+
+@interprets
 @pytest.mark.parametrize("dim, codec", [
     (64, "identity"), (80, "int8"), (96, "identity"), (128, "int4"), (256, "identity"),
 ])  # fmt: skip

@@ -25,6 +25,7 @@ pytestmark = [
 CODECS = {
     "bf16": lj.codecs.Identity(),
     "f16": lj.codecs.Identity(),
+    "f32": lj.codecs.Identity(),
     "int8": lj.codecs.Int8(),
     "fp8": lj.codecs.Float8(),
     "int4": lj.codecs.Int4(),
@@ -48,7 +49,7 @@ def spilled(capfd):
 def check(codec, capfd, *, static=True, **how):
     """A call runs in the kernel, holds next to nothing and copies nothing of a leaf's size."""
     layout = lj.Static(SLOTS) if static else lj.Sliding(SLOTS - 96, sinks=4, slack=92)
-    dtype = "float16" if codec == "f16" else "bfloat16"
+    dtype = {"f16": "float16", "f32": "float32"}.get(codec, "bfloat16")
     jax.clear_caches()  # a kernel that was lowered already says nothing
     spilled(capfd)
     program, cache, leaf = compiled(TARGET, layout.but(codec=CODECS[codec]), dtype=dtype, **how)
@@ -65,9 +66,15 @@ def test_widths_and_groups(codec, dim, group, capfd):
     """Every width that models have, and every group."""
     if (codec, dim) == ("int4", 80):
         pytest.skip("half a byte a number: 40 channels have a scale in common, which are not 16s")
+    if (codec, dim) == ("f32", 256):
+        pytest.skip(
+            "three parts of 64 keys of 256 channels and of the queries, and both as they lie"
+        )
     spills = check(codec, capfd, dim=dim, group=group)
     # Of groups whose scores add up in registers, some bytes a thread lie in memory for a while.
     most = {("int4", 128): 16, ("int4", 256): 512}.get((codec, dim), 0)
+    if codec == "f32":  # as what is taken apart is held twice
+        most = 512
     assert max(spills, default=0) <= most, spills
 
 

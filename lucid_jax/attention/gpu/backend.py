@@ -50,7 +50,6 @@ MOST_WIDTH = 256  # sums of 64 rows of it are half of a program's registers
 PROGRAMS = 256  # at least so many, if there are blocks for them: two for each of an H100's cores
 FEWEST_TURNS = 2  # blocks that a program reads, for each 8 rows
 FEW_PROGRAMS = 8  # to a KV head
-PARTS = 3  # numbers of 16 bits that stand for one of float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,7 +203,7 @@ def _plan(
         heads=heads,
         size=slot_run.size,
         rows=padded,
-        parts=1 if scaled else PARTS,
+        parts=1 if scaled else pieces.PARTS,
         scale=scores.scale if scaled else 1.0,
         softcap=scores.softcap,
         many=many,

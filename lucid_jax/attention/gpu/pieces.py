@@ -1,13 +1,15 @@
 """How stored tokens reach the tensor cores: as 16-bit numbers, in pieces of some channels each.
 
 Numbers of 16 bits are multiplied as they lie. Codes are widened inside the kernel, exactly; what a
-token's scale and offset do is done to scores and weights. A piece is channels that share a scale.
+token's scale and offset do is done to scores and weights. Numbers of 32 bits are taken apart there into
+three of bfloat16 that add up to them. A piece is channels that share a scale.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -20,6 +22,7 @@ Piece = dict[str, jax.Array]
 
 MOST_CHANNELS = 128  # of a piece: 64 rows of it are 64 registers of each thread
 FEWEST_CHANNELS = 16  # what a tensor core multiplies at once
+PARTS = 3  # numbers of 16 bits that stand for one of float32
 LAID_OUT = 8  # slots that TMA lays out together for the tensor cores
 NARROW = ("bfloat16", "float16")
 
@@ -29,7 +32,7 @@ def takes(form: Form) -> bool:
     if type(form) is Rotated:
         return takes(form.inner)
     if type(form) in (Raw, Rounded):
-        return form.dtype in NARROW
+        return form.dtype in (*NARROW, "float32")
     return type(form) in (Scaled, Nibbles)
 
 
@@ -46,8 +49,8 @@ class Cut:
         form: how the leaf is stored.
         width: channels of a piece.
         staged: whether numbers are brought as they lie, and laid out for the tensor cores inside the
-            kernel: codes, which are widened too, and what is not a multiple of 8 slots, of which TMA
-            lays out none.
+            kernel: codes, which are widened, float32, which is taken apart, and what is not a multiple
+            of 8 slots, of which TMA lays out none.
     """
 
     form: Form
@@ -62,9 +65,14 @@ class Cut:
     @property
     def dtype(self) -> jnp.dtype:
         """What is multiplied."""
-        coded = isinstance(self.form, (Scaled, Nibbles))
-        dtype: jnp.dtype = jnp.dtype(jnp.bfloat16 if coded else self.form.dtype)
+        narrow = not self.coded and self.form.dtype in NARROW
+        dtype: jnp.dtype = jnp.dtype(self.form.dtype if narrow else jnp.bfloat16)
         return dtype
+
+    @property
+    def parts(self) -> int:
+        """How many numbers that are multiplied stand for one that is stored."""
+        return PARTS if self.form.dtype == "float32" and not self.coded else 1
 
     @property
     def coded(self) -> bool:
@@ -80,7 +88,7 @@ class Cut:
     def stored_dtype(self) -> jnp.dtype:
         """What codes or numbers are stored as."""
         if not self.coded:
-            return self.dtype
+            return jnp.dtype(self.form.dtype)
         signed = isinstance(self.form, Scaled) and self.form.code == "int8"
         dtype: jnp.dtype = jnp.dtype(jnp.int8 if signed else jnp.uint8)
         return dtype
@@ -106,9 +114,14 @@ def cut_of(form: Form, slots: int) -> Cut | None:
         whole = form.dim
     if whole % FEWEST_CHANNELS:
         return None
-    widths = range(FEWEST_CHANNELS, min(whole, MOST_CHANNELS) + 1, FEWEST_CHANNELS)
-    staged = isinstance(form, (Scaled, Nibbles)) or slots % LAID_OUT != 0
-    return Cut(form, max(n for n in widths if whole % n == 0), staged)
+    cut = Cut(form, FEWEST_CHANNELS, staged=True)
+    most = MOST_CHANNELS // (2 if cut.parts > 1 else 1)  # while it is taken apart it is held twice
+    widths = range(FEWEST_CHANNELS, min(whole, most) + 1, FEWEST_CHANNELS)
+    return dataclasses.replace(
+        cut,
+        width=max(n for n in widths if whole % n == 0),
+        staged=cut.coded or cut.parts > 1 or slots % LAID_OUT != 0,
+    )
 
 
 def arrays_of(cut: Cut, stored: Any) -> Piece:
@@ -138,6 +151,22 @@ def widened(cut: Cut, codes: jax.Array, side: Any) -> jax.Array:
     wide = codes.astype(jnp.int32)
     bits = ((wide & 127) << 20) | ((wide & 128) << 24)
     return (lax.bitcast_convert_type(bits, jnp.float32) * 2.0**120).astype(jnp.bfloat16)
+
+
+def taken_apart(cut: Cut, x: jax.Array) -> Iterator[jax.Array]:
+    """Numbers of 16 bits that add up to those of a piece, the largest first, one at a time."""
+    for _ in range(cut.parts - 1):
+        # Its first 16 bits, so that none becomes infinite; what is infinite has no rest.
+        bits = lax.bitcast_convert_type(x, jnp.int32)
+        part = lax.bitcast_convert_type(bits & -65536, jnp.float32)
+        yield part.astype(cut.dtype)
+        x = jnp.where((bits & 0x7F800000) == 0x7F800000, jnp.zeros_like(x), x - part)
+    yield x.astype(cut.dtype)
+
+
+def pairs(a: int, b: int) -> list[tuple[int, int]]:
+    """Which parts of two numbers are multiplied: the others are below a float32's precision."""
+    return [(i, j) for i in range(a) for j in range(b) if i + j < PARTS]
 
 
 def as_float(x: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ from lucid_jax.attention.gpu.pieces import Cut
 
 SLOTS = 64  # of a block
 TILE = 64  # rows of a matrix product, of which the last may be of no query
-WEIGHTS = 2  # numbers of 16 bits that stand for a weight
+WEIGHTS = 2  # numbers of 16 bits that stand for a weight, of what is no float32
 AHEAD = 2  # times as many blocks are looked at as are on their way
 MOST_STAGES = 4
 SHARED_BYTES = 222 << 10  # of 227 KiB a program: the compiler takes some
@@ -69,6 +69,11 @@ class Plan:
         return 2 if count % 2 == 0 and (groups == 1 or groups % 2 == 0) else 1
 
     @property
+    def weights(self) -> int:
+        """Numbers of 16 bits that stand for a weight."""
+        return max(WEIGHTS, self.value.parts)
+
+    @property
     def own(self) -> int:
         """Pieces of the values that a warpgroup mixes."""
         return self.value.count // self.threads
@@ -90,14 +95,14 @@ class Plan:
         for name, cut in (("key", self.key), ("value", self.value)):
             shape = (cut.count, SLOTS, cut.width)
             if cut.staged:
-                wide[f"{name}_wide"] = shape, cut.dtype
+                wide[f"{name}_wide"] = (cut.parts, *shape), cut.dtype
                 wide[f"{name}_read"] = (stages, SLOTS, cut.stored_width), cut.stored_dtype
             else:
                 wide[f"{name}_read"] = (stages, *shape), cut.dtype
         return {
             **wide,
             "query": ((self.parts, self.key.count, TILE, self.key.width), self.key.dtype),
-            "weights": ((self.threads, WEIGHTS, TILE, SLOTS), self.value.dtype),
+            "weights": ((self.threads, self.weights, TILE, SLOTS), self.value.dtype),
             **({} if self.between else {"alive": ((AHEAD * stages, SLOTS), jnp.float32)}),
             **({"bias": ((stages, TILE, SLOTS), jnp.float32)} if self.many else {}),
             "mixed": ((self.threads, TILE, self.value.width), jnp.float32),

@@ -14,8 +14,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from lucid_jax.attention.gpu.pieces import Cut, as_float, widened
-from lucid_jax.attention.gpu.plan import AHEAD, SLOTS, TILE, WEIGHTS, Plan
+from lucid_jax.attention.gpu.pieces import Cut, as_float, pairs, taken_apart, widened
+from lucid_jax.attention.gpu.plan import AHEAD, SLOTS, TILE, Plan
 from lucid_jax.attention.gpu.seen import Between, BySlot, Seen
 
 _TILED = plgpu.Layout.WGMMA  # of (64, columns) registers
@@ -266,7 +266,7 @@ class Program:
             self._store_weights(scaled)
             for i in range(plan.own):
                 if i * groups // plan.own == group:
-                    mixed[i] = mixed[i] + self._mixed(values.at[self._piece(i)])
+                    mixed[i] = mixed[i] + self._mixed(partial(values, piece=self._piece(i)))
                     if shifted is not None:
                         mixed[i] = mixed[i] + _across(shifted, plan.value.width)
         return now, total, tuple(mixed)
@@ -281,8 +281,8 @@ class Program:
             def run(acc: Any) -> Any:
                 for piece in range(cut.count):
                     if cut.group_of(piece) == group:
-                        for part in range(plan.parts):
-                            turned = keys.at[piece].transpose((1, 0))
+                        for part, of_key in pairs(plan.parts, cut.parts):
+                            turned = keys(of_key, piece).transpose((1, 0))
                             plgpu.wgmma(acc, query.at[part, piece], turned)
                 return acc[...]
 
@@ -315,7 +315,7 @@ class Program:
     def _store_weights(self, weights: Any) -> None:
         """Weights as two numbers of 16 bits each, for the tensor cores."""
         held, dtype = self.scratch["weights"].at[self.half], self.plan.value.dtype
-        for i in range(WEIGHTS):
+        for i in range(self.plan.weights):
             narrow = weights.astype(dtype)
             held[i] = narrow
             weights = weights - narrow.astype(jnp.float32)
@@ -325,21 +325,21 @@ class Program:
         """Weights times a piece of the values, float32 (64, width)."""
 
         def run(acc: Any) -> Any:
-            for i in range(WEIGHTS):
-                plgpu.wgmma(acc, self.scratch["weights"].at[self.half, i], values)
+            for i, part in pairs(self.plan.weights, self.plan.value.parts):
+                plgpu.wgmma(acc, self.scratch["weights"].at[self.half, i], values(part))
             return acc[...]
 
         return pl.run_scoped(run, plgpu.ACC((TILE, self.plan.value.width), jnp.float32))
 
     def _values(self, turn: Any) -> Any:
-        """A block's values, of which those that no row sees are finite."""
+        """A block's values by part and piece, of which those that no row sees are finite."""
         plan, cut = self.plan, self.plan.value
         pieces = [self._piece(i) for i in range(plan.own)]
         if cut.staged:
             self._meet()  # where they go keys may be
             for piece in pieces:
                 self._widen("value", cut, turn, piece)
-            return self.scratch["value_wide"]
+            return self._wide("value")
         values = self.scratch["value_read"].at[self._stage(turn)]
 
         @pl.when(self._has_dead(turn))
@@ -349,13 +349,14 @@ class Program:
                 one = _load(values.at[piece], _TILED)
                 values[piece] = jnp.where(dead, jnp.zeros((), cut.dtype), one)
 
-        return values
+        return lambda part, piece: values.at[piece]
 
     def _keys(self, turn: Any) -> Any:
-        """A block's keys as they are multiplied, (pieces, slots, width)."""
+        """A block's keys as they are multiplied, by part and piece (slots, width)."""
         plan, cut = self.plan, self.plan.key
         if not cut.staged:
-            return self.scratch["key_read"].at[self._stage(turn)]
+            keys = self.scratch["key_read"].at[self._stage(turn)]
+            return lambda part, piece: keys.at[piece]
         for piece in range(cut.count):
             # One warpgroup widens what both read.
             pl.when(self.half == piece % plan.threads)(
@@ -363,7 +364,11 @@ class Program:
             )
         plgpu.commit_smem()
         self._meet()
-        return self.scratch["key_wide"]
+        return self._wide("key")
+
+    def _wide(self, name: str) -> Any:
+        wide = self.scratch[f"{name}_wide"]
+        return lambda part, piece: wide.at[part, piece]
 
     def _widen(self, name: str, cut: Cut, turn: Any, piece: Any) -> None:
         """A piece as numbers of 16 bits, laid out for the tensor cores."""
@@ -372,8 +377,9 @@ class Program:
         read = self.scratch[f"{name}_read"].at[self._stage(turn), :, pl.ds(first, cut.width)]
         wide = widened(cut, _load(read, _TILED), side)
         if name == "value" and not cut.coded:  # codes are finite, whatever a slot holds
-            wide = jnp.where(self._dead(turn, cut.width, 0), jnp.zeros((), cut.dtype), wide)
-        self.scratch[f"{name}_wide"][piece] = wide
+            wide = jnp.where(self._dead(turn, cut.width, 0), jnp.zeros((), wide.dtype), wide)
+        for part, x in enumerate(taken_apart(cut, wide)):
+            self.scratch[f"{name}_wide"][part, piece] = x
 
     def _beside(self, arrays: Any, name: str, turn: Any, group: Any) -> Any:
         """Scales or offsets of a block, float32 (slots)."""
