@@ -96,26 +96,28 @@ class Mask:
     def seen_between(
         self, slot_run: SlotRun, sight: Sight
     ) -> tuple[jax.Array, jax.Array, jax.Array] | None:
-        """What one query sees, where that is all tokens of positions [low, high), and no others.
+        """What each query sees, where that is all tokens of positions [low, high), and no others.
 
         Args:
             slot_run: slots of a layer, in order of positions.
             sight: one of `sights`.
 
         Returns:
-            The position of slot 0, low and high, int32 [] or [B]; None where they do not say it all.
+            The position of slot 0, int32 [] or [B], and low and high of each query, int32 [T] or
+            [B, T]; None where they do not say it all.
         """
         slots = slot_run.slots
-        if self.tokens > 1 or self.visible is not None or self.bias is not None:
+        if self.visible is not None or self.bias is not None or slot_run.copy is not None:
             return None
-        if not slots.in_order or slot_run.copy is not None or sight.run is not None:
+        if not slots.in_order or sight.run is not None:
             return None
-        asked, low = self.position[..., 0], slots.low
-        first_unseen = asked + 1 if self.causal else jnp.where(asked >= 0, slots.high, 0)
+        asked, low, high = self.position, slots.low[..., None], slots.high[..., None]
+        first_unseen = asked + 1 if self.causal else jnp.where(asked >= 0, high, 0)
         if self.window is not None:
             low = jnp.maximum(low, asked - (self.window - 1))
         first = slots.at(jnp.zeros((*slots.reach.shape, 1), jnp.int32))[..., 0]
-        return first, low, jnp.minimum(slots.high, first_unseen)
+        high = jnp.minimum(high, first_unseen)
+        return first, jnp.broadcast_to(low, high.shape), high
 
     def bias_of(
         self, slot_run: SlotRun, begin: jax.Array | int = 0, size: int | None = None

@@ -34,19 +34,19 @@ CASES = (  # rows, heads, group, queries, spec, lengths, options
 )
 
 
+def filled(rows, heads, spec, lengths):
+    """A cache of one layer that has so many tokens, of zeros."""
+    state = lj.init_cache(
+        spec, num_layers=1, batch_size=rows, num_kv_heads=heads, head_dim=128, dtype=jnp.bfloat16,
+        ragged=not isinstance(lengths, int),
+    )  # fmt: skip
+    (layer,) = state.layers
+    at = jnp.asarray(lengths, jnp.int32)
+    return state.with_layers([layer.replace(position=at, reach=at)])
+
+
 def traffic(rows, heads, group, count, spec, lengths, options) -> tuple[int, int]:
     """Bytes moved and needed by `attend` of one layer."""
-    ragged = not isinstance(lengths, int)
-
-    def fill():
-        state = lj.init_cache(
-            spec, num_layers=1, batch_size=rows, num_kv_heads=heads, head_dim=128,
-            dtype=jnp.bfloat16, ragged=ragged,
-        )  # fmt: skip
-        (layer,) = state.layers
-        at = jnp.asarray(lengths, jnp.int32)
-        return state.with_layers([layer.replace(position=at, reach=at)])
-
     found = collections.Counter()
 
     def count_bytes(plan, queries, leaves, extra, number):
@@ -72,19 +72,19 @@ def traffic(rows, heads, group, count, spec, lengths, options) -> tuple[int, int
     try:
         query = jnp.zeros((rows, heads * group, count, 128), jnp.bfloat16)
         with jax.disable_jit():
-            lj.attend(fill(), query, 0, implementation="counted", **options)
+            state = filled(rows, heads, spec, lengths)
+            lj.attend(state, query, 0, implementation="counted", **options)
     finally:
         kernel.softmax = own
     least = rows * heads * group * count * 128 * 2 * 2
     return found["moved"], found["needed"] + least
 
 
-def main() -> None:
-    """Prints the table."""
-    lj.attention.register("counted", PallasTPU(interpret=True))
+def print_table(cases, codecs, traffic) -> None:
+    """What `traffic` counts of each case and codec."""
     print("| case | codec | MB moved | MB needed | ratio |\n|---|---|---:|---:|---:|")
-    for name, rows, heads, group, count, spec, lengths, options in CASES:
-        for codec, kind in CODECS.items():
+    for name, rows, heads, group, count, spec, lengths, options in cases:
+        for codec, kind in codecs.items():
             moved, needed = traffic(
                 rows, heads, group, count, spec.but(codec=kind), lengths, options
             )
@@ -96,4 +96,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    lj.attention.register("counted", PallasTPU(interpret=True))
+    print_table(CASES, CODECS, traffic)

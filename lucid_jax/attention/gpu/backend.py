@@ -221,9 +221,23 @@ def _seen(read: Reader, count: int) -> Seen:
     """What `count` rows see."""
     between = read.mask.seen_between(read.slot_run, read.sight)
     if between is not None:
-        return Between(*(x.reshape(-1) for x in between))
+        first, low, high = between
+        alike = low.shape[-1] == 1
+        return Between(
+            first.reshape(-1),
+            jnp.min(low, axis=-1).reshape(-1),
+            jnp.max(high, axis=-1).reshape(-1),
+            None if alike else tuple(_of_rows(x, count) for x in (low, high)),
+        )
     added = _in_blocks(added_to_scores(read, count), _padded(count))
     return BySlot(added, jnp.max(added, axis=3))
+
+
+def _of_rows(x: jax.Array, count: int) -> jax.Array:
+    """Numbers of queries, [T] or [B, T], by row: (1 or B, 64), zeros past the last."""
+    tokens = x.shape[-1]
+    rows = jnp.tile(x.reshape(-1, tokens), (1, count // tokens))
+    return jnp.pad(rows, [(0, 0), (0, TILE - count)])
 
 
 def _multiplied(rows: jax.Array, given: jax.Array, plan: Plan, form: Form) -> jax.Array:

@@ -46,8 +46,15 @@ class Program:
         self.split, self.head, self.row = split, head, row
         self.leaf = (number[0] * plan.batch + row) * plan.heads + head
         if isinstance(seen, Between):
-            first, low, high = (x[row if x.shape[0] > 1 else 0] for x in seen)
+
+            def own(x: Any) -> Any:
+                return row if x.shape[0] > 1 else 0
+
+            first, low, high = (x[own(x)] for x in seen[:3])
             self.slots_seen = low - first, high - first
+            self.each = None
+            if seen.each is not None:
+                self.each = tuple(_load(x.at[own(x)], _ROW) - first for x in seen.each)
         else:
             batch, heads = seen.alive.shape[:2]
             self.mask_at = row if batch > 1 else 0, head if heads > 1 else 0
@@ -165,6 +172,15 @@ class Program:
         alive = self._alive(turn, _COL if axis else _ROW)
         return (_down(alive) if axis else _across(alive, width)) == -jnp.inf
 
+    def _hidden(self, turn: Any) -> Any:
+        """Which slots of a block rows do not see, (64, slots)."""
+        dead = self._dead(turn, SLOTS, 1)
+        if self.each is None:
+            return dead
+        low, high = (_across(x - self._begin(turn), SLOTS) for x in self.each)
+        slot = plgpu.broadcasted_iota(jnp.int32, (TILE, SLOTS), 1, layout=_TILED)
+        return dead | (slot < low) | (slot >= high)
+
     def _has_dead(self, turn: Any) -> Any:
         """Whether some slot of a block is seen by no row."""
         if self.plan.between:
@@ -243,7 +259,7 @@ class Program:
         if plan.softcap is not None:
             score = plan.softcap * _tanh(score / plan.softcap)
         if plan.between:
-            score = jnp.where(self._dead(turn, SLOTS, 1), -jnp.inf, score)
+            score = jnp.where(self._hidden(turn), -jnp.inf, score)
         else:
             bias = held["bias"].at[stage] if plan.many else None
             added = _down(self._alive(turn, _COL)) if bias is None else _load(bias, _TILED)

@@ -6,11 +6,19 @@ from typing import Any, NamedTuple
 
 
 class Between(NamedTuple):
-    """Rows see all tokens of positions [low, high), int32 [1] or [B], and slot 0 holds `first`."""
+    """Rows see all tokens of positions [low, high), and slot 0 holds `first`.
+
+    Attributes:
+        first: int32 [1] or [B].
+        low: int32 [1] or [B], of all rows the least.
+        high: int32 [1] or [B], of all rows the greatest.
+        each: low and high of each row, int32 (1 or B, 64); None if all rows have the same.
+    """
 
     first: Any
     low: Any
     high: Any
+    each: Any
 
 
 class BySlot(NamedTuple):
