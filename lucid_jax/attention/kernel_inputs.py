@@ -21,7 +21,7 @@ from lucid_jax.cache.tiles import divided_by_compiler
 
 
 def lacks(
-    queries: RowsByLeaf, slot_runs: Sequence[SlotRun], mask: Mask, scores: Scores, most_rows: int
+    queries: RowsByLeaf, slot_runs: Sequence[SlotRun], mask: Mask, scores: Scores, most_rows: float
 ) -> str | None:
     """What every kernel lacks for a call, of at most `most_rows` queries of a KV head."""
     if any(map(divided_by_compiler, jax.tree.leaves([run.leaves for run in slot_runs]))):

@@ -6,15 +6,47 @@ masks and biases by index are (B or 1, N or 1, T or 1, C or 1), C the slots of `
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Self
+import dataclasses
+from typing import TYPE_CHECKING, Any, Self
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-from lucid_jax.cache.reading import Sight, SlotRun
+from lucid_jax.cache import derive
+from lucid_jax.cache.reading import Copy, Sight, SlotRun
 from lucid_jax.cache.slots import span
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What queries see by positions alone: static, so that a kernel can ask it block by block.
+
+    Attributes:
+        causal: see `Mask`.
+        window: see `Mask`.
+        layout: the layer's, which drops tokens or not.
+        run: see `Sight`.
+        copy: which of a token's two copies it is about.
+    """
+
+    causal: bool
+    window: int | None
+    layout: Any
+    run: int | None
+    copy: Copy | None
+
+    def sees(self, asked: jax.Array, at: jax.Array) -> jax.Array:
+        """Whether queries see tokens, by positions, int32 that broadcast; negative are of neither."""
+        before = asked - at
+        seen = (at >= 0) & (before >= 0 if self.causal else asked >= 0)
+        if self.window is not None:
+            seen = seen & (before < self.window)
+        inside = derive.sees(self.layout, asked, at, self.run)
+        if inside is not None:
+            seen = seen & inside
+        return seen if self.copy is None else seen & self.copy.visible(asked, at)
 
 
 @struct.dataclass
@@ -55,6 +87,20 @@ class Mask:
         """Which queries are of a token, and not padding: bool (B or 1, 1, 1, T)."""
         return self.position.reshape(-1, 1, 1, self.tokens) >= 0
 
+    def of_tokens(self, begin: jax.Array, count: int) -> Mask:
+        """The mask of T' = `count` of the queries."""
+
+        def cut(x: jax.Array | None, axis: int) -> jax.Array | None:
+            whole = x is None or x.shape[axis] == 1 < self.tokens
+            return x if whole else lax.dynamic_slice_in_dim(x, begin, count, axis)
+
+        return self.replace(
+            position=cut(self.position, -1),
+            sights=tuple(x.replace(query_index=cut(x.query_index, -1)) for x in self.sights),
+            visible=cut(self.visible, 2),
+            bias=cut(self.bias, 2),
+        )
+
     @property
     def by_head(self) -> bool:
         """Whether query heads that share a KV head may see different tokens."""
@@ -77,17 +123,8 @@ class Mask:
         """
         first, size = jnp.asarray(begin, jnp.int32), slot_run.size if size is None else size
         asked = self.position.reshape(-1, 1, 1, self.tokens, 1)
-        at = slot_run.positions(first, size)
-        at = at.reshape(*_lead(at.shape), 1, 1, size)
-        before = asked - at
-        seen = (at >= 0) & (before >= 0 if self.causal else asked >= 0)
-        if self.window is not None:
-            seen = seen & (before < self.window)
-        inside = sight.sees(asked, at)
-        if inside is not None:
-            seen = seen & inside
-        if slot_run.copy is not None:
-            seen = seen & slot_run.copy.visible(asked, at)
+        at = positions_by_head(slot_run, first, size)[:, :, None, None]
+        seen = self.rule(slot_run, sight).sees(asked, at)
         if self.visible is not None:
             seen = seen & self._cut(self.visible, slot_run, first, size)
         bias = self.bias_of(slot_run, first, size)
@@ -118,6 +155,16 @@ class Mask:
         first = slots.at(jnp.zeros((*slots.reach.shape, 1), jnp.int32))[..., 0]
         high = jnp.minimum(high, first_unseen)
         return first, jnp.broadcast_to(low, high.shape), high
+
+    def rule(self, slot_run: SlotRun, sight: Sight) -> Rule:
+        """What queries see of a run as tokens of a sight, but for `visible` and `bias`."""
+        return Rule(self.causal, self.window, sight.layout, sight.run, slot_run.copy)
+
+    def visible_of(self, slot_run: SlotRun) -> jax.Array | None:
+        """What `visible` says of a run's slots, shaped as what `seen` gives; None if nothing."""
+        if self.visible is None:
+            return None
+        return self._cut(self.visible, slot_run, jnp.int32(0), slot_run.size)
 
     def bias_of(
         self, slot_run: SlotRun, begin: jax.Array | int = 0, size: int | None = None
@@ -179,6 +226,12 @@ def with_padding(position: jax.Array, counts: jax.Array | None) -> jax.Array:
     return jnp.where(real, position, -1)
 
 
+def positions_by_head(slot_run: SlotRun, begin: jax.Array, size: int) -> jax.Array:
+    """Positions of slots [begin, begin + size), -1 if dead: int32 (B or 1, H or 1, S)."""
+    at = slot_run.positions(begin, size)
+    return at if at.ndim == 3 else at.reshape(-1, 1, size)
+
+
 def _index(slot_run: SlotRun, begin: jax.Array, size: int) -> jax.Array | None:
     """Entries of a mask's last axis for some slots; None if they are the slots."""
     return None if slot_run.in_order else slot_run.index_of_slots(begin, size)
@@ -187,10 +240,3 @@ def _index(slot_run: SlotRun, begin: jax.Array, size: int) -> jax.Array | None:
 def _summed(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     axes = tuple(i for i, (n, m) in enumerate(zip(x.shape, shape, strict=True)) if n != m)
     return jnp.sum(x, axis=axes, keepdims=True)
-
-
-def _lead(shape: tuple[int, ...]) -> tuple[int, int]:
-    """The batch and head axes of positions [S], [B, S] or [B, H, S]."""
-    if len(shape) == 3:
-        return shape[0], shape[1]
-    return (shape[0] if len(shape) == 2 else 1), 1

@@ -21,6 +21,7 @@ from lucid_jax.cache.codecs.base import Form, Stored, products
 from lucid_jax.cache.packing import Packed
 from lucid_jax.cache.reading import Sight, SlotRun
 from lucid_jax.cache.slots import span
+from lucid_jax.cache.tiles import held
 
 
 @struct.dataclass
@@ -205,6 +206,8 @@ def _mix_exactly(
     form: Form, weights: jax.Array, value: Stored, seen: jax.Array, alive: jax.Array
 ) -> jax.Array:
     """Weights times values, of which what is not finite goes to the queries that see it alone."""
+    # XLA for TPUs may want a block in another order, and then always copies all slots into that.
+    value = jax.tree.map(lambda leaf: held(leaf) if leaf.ndim > 3 else leaf, value)
     sound = form.is_finite(value)
     broken = alive & ~sound
     tokens = jnp.where(broken[..., None], form.decode(value).astype(weights.dtype), 0)

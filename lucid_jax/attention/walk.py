@@ -112,7 +112,7 @@ def _attention(way: Way, inputs: _Inputs, asked: _Asked) -> tuple[jax.Array, jax
         broken = ~jnp.all(jnp.isfinite(running.acc))
         running = lax.while_loop(
             lambda carry: carry[0],
-            lambda carry: (carry[0] & False, _softmax(careful, inputs, asked, start)),
+            lambda carry: (carry[0] & False, _softmax_in_tiles(careful, inputs, asked, start)),
             (broken, running),
         )[1]
     total = running.total
@@ -126,6 +126,41 @@ def _softmax(way: Way, inputs: _Inputs, asked: _Asked, running: Running) -> Runn
     for r, p, read in _readers(inputs, asked):
         running = way.over(read, inputs.rows[r], inputs.tokens[p], running)
     return running
+
+
+def _softmax_in_tiles(way: Way, inputs: _Inputs, asked: _Asked, running: Running) -> Running:
+    """The same, for some queries after the others, so that the scores of a block are few."""
+    mask, size = asked.mask, SIZES.get(platform(), OTHERS_SIZES).least
+    batch, heads, queries = running.top.shape
+    group = queries // mask.tokens
+    count = min(mask.tokens, max(FEW_SCORES // max(batch * heads * group * size, 1), 8))
+    if count == mask.tokens:
+        return _softmax(way, inputs, asked, running)
+
+    def by_token(x: jax.Array) -> jax.Array:  # (B, H, G * T, ...) as (B, H, G, T, ...)
+        return x.reshape(batch, heads, group, mask.tokens, *x.shape[3:])
+
+    def tile(turn: jax.Array, found: Running) -> Running:
+        begin = jnp.minimum(turn * count, mask.tokens - count)
+
+        def cut(x: jax.Array) -> jax.Array:
+            some = lax.dynamic_slice_in_dim(by_token(x), begin, count, 3)
+            return some.reshape(batch, heads, group * count, *x.shape[3:])
+
+        def put(x: jax.Array, some: jax.Array) -> jax.Array:
+            some = some.reshape(batch, heads, group, count, *x.shape[3:])
+            return lax.dynamic_update_slice_in_dim(by_token(x), some, begin, 3).reshape(x.shape)
+
+        some = mask.replace(bias=inputs.bias).of_tokens(begin, count)
+        new = _softmax(
+            way,
+            inputs.replace(rows=jax.tree.map(cut, inputs.rows), bias=some.bias),
+            asked.replace(mask=some.replace(bias=None)),
+            jax.tree.map(cut, running),
+        )
+        return jax.tree.map(put, found, new)
+
+    return lax.fori_loop(0, -(-mask.tokens // count), tile, running)
 
 
 def _readers(inputs: _Inputs, asked: _Asked) -> Iterator[tuple[int, int, Reader]]:

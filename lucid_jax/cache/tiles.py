@@ -32,13 +32,21 @@ def lies_on_lanes(width: int, slots: int) -> bool:
 def as_it_lies(leaf: jax.Array) -> jax.Array:
     """A leaf (..., S, width) that XLA for TPUs is told to leave as it lies, where that is by slots.
 
-    In a loop inside of another it takes the usual order, and copies the leaf around both. Where the
-    compiler divides the work it gathers what it is told so of, and is not told.
+    In a loop inside of another it takes the usual order, and copies the leaf around both.
     """
-    *rest, slots, width = leaf.shape
-    if not lies_on_lanes(width, slots) or divided_by_compiler(leaf):
+    return held(leaf) if lies_on_lanes(leaf.shape[-1], leaf.shape[-2]) else leaf
+
+
+def held(leaf: jax.Array) -> jax.Array:
+    """A leaf (..., S, width) that XLA for TPUs is told to keep in the order that it gives arguments.
+
+    Where the compiler divides the work it gathers what it is told so of, and is not told.
+    """
+    if divided_by_compiler(leaf):
         return leaf
-    order = Layout((*range(len(rest)), leaf.ndim - 1, leaf.ndim - 2))
+    *rest, slots, width = leaf.shape
+    last = (leaf.ndim - 2, leaf.ndim - 1)
+    order = Layout((*range(len(rest)), *(last[::-1] if lies_on_lanes(width, slots) else last)))
     told: jax.Array = lax.platform_dependent(
         leaf, tpu=lambda x: with_layout_constraint(x, order), default=lambda x: x
     )

@@ -1,7 +1,12 @@
-"""The backend "pallas_tpu": the kernel for a few queries over a layer, tried first on TPUs.
+"""The backend "pallas_tpu": the kernel for a layer and queries, one or a prompt's, tried first on TPUs.
 
-Which queries see which slots reaches the kernel as an array, so that every layout and mask is the same
-to it, and blocks that hold nothing seen are not read. Backward it is the walk. Shapes as in softmax.py.
+Blocks that hold nothing which a tile of queries sees are not read. Backward it is the walk.
+
+JAX ships kernels for prompts, of which none takes a cache: `flash_attention` is causal from the first
+slot on, and wants as many KV heads as query heads; `splash_attention` wants its mask when it traces,
+or as an array of all scores; `ragged_paged_attention` reads pages with keys and values interleaved,
+whose last tokens are the queries, and gives no log-sum-exp. So a prompt goes through our own in tiles.
+Shapes as in softmax.py.
 """
 
 from __future__ import annotations
@@ -9,18 +14,15 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Collection, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from lucid_jax.attention.blocks import ByBlocks, each_block
 from lucid_jax.attention.kernel_inputs import (
-    added_to_scores,
     interpreted,
     joined,
     layer_number,
-    padded_rows,
 )
 from lucid_jax.attention.kernel_inputs import lacks as kernel_lacks
 from lucid_jax.attention.mask import Mask
@@ -34,6 +36,7 @@ from lucid_jax.attention.softmax import (
     Scores,
     queries_by_leaf,
 )
+from lucid_jax.attention.tpu.tiles import FEW, Tiles, bytes_added
 from lucid_jax.attention.walk import attention
 from lucid_jax.cache.packing import Packed
 from lucid_jax.cache.reading import SlotRun
@@ -42,8 +45,9 @@ from lucid_jax.cache.tiles import ROWS, lies_on_lanes
 BLOCK_BYTES = 1 << 20  # of one leaf: half of that or less leaves the memory waiting between blocks
 MOST_BYTES = 1 << 21  # of one leaf: two leaves, each twice, lie beside all else in 16 MiB
 MOST_SLOTS = 1024  # of a block: a row reads up to one more than it needs
-MOST_ROWS = 128  # queries of a KV head; of more the scores of a block are large
-MOST_BLOCKS = 1 << 16  # of all rows: their numbers lie in scalar memory
+MOST_SCORES = 1 << 19  # of a block, of one KV head
+MOST_GROUP = 64  # query heads of a KV head, where they are many tokens'
+MOST_BLOCKS = 1 << 16  # of all tiles: their numbers lie in scalar memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,23 +82,28 @@ class PallasTPU:
                 f"runs on TPUs, and this is for {platform()}, where it wants "
                 "jax.experimental.pallas.tpu.force_tpu_interpret_mode()"
             )
-        common = kernel_lacks(queries, slot_runs, mask, scores, MOST_ROWS)
+        common = kernel_lacks(queries, slot_runs, mask, scores, math.inf)
         if common:
             return common
         names = {*queries, slot_runs[0].mixed}
         least = [_least_slots(slot_run, names) for slot_run in slot_runs]
         if all(run.size < slots for run, slots in zip(slot_runs, least, strict=True)):
             return f"reads {least[0]} slots at a time, and there are fewer"
-        batch = len(next(iter(queries.values())))
-        for slot_run, fewest in zip(slot_runs, least, strict=True):
+        batch, heads, tokens, _ = next(iter(queries.values())).shape
+        group = heads // mask.num_kv_heads
+        if group * tokens > FEW and group > MOST_GROUP:
+            return f"takes at most {MOST_GROUP} query heads of a KV head for {tokens} tokens"
+        for slot_run in slot_runs:
             for name, form in slot_run.forms:
                 if name in names and not takes(form):
                     return f"does not read {type(form).__name__} of {form.dtype}"
             stored = slot_run.only(names)
-            slots = _slots_of_block(stored, slot_run.size, fewest, mask, self.block_bytes)
-            if slots * _bytes_of_slot(stored, mask.num_kv_heads) > MOST_BYTES:
+            cut = _cut(stored, slot_run, mask, group, self.block_bytes)
+            if cut.slots * _bytes_of_slot(stored, cut.heads) > MOST_BYTES:
                 return f"reads {ROWS} KV heads at a time, or all, and these are too many"
-            if -(-slot_run.size // slots) * batch > MOST_BLOCKS:
+            if bytes_added(mask, cut.tiles, cut.heads, cut.slots) > MOST_BYTES:
+                return f"adds at most {MOST_BYTES} bytes to the scores of a block"
+            if -(-slot_run.size // cut.slots) * batch * cut.tiles.count > MOST_BLOCKS:
                 return f"counts at most {MOST_BLOCKS} blocks of slots"
         return None
 
@@ -109,15 +118,14 @@ class _Kernel:
     def over(self, read: Reader, rows: RowsByLeaf, stored: Packed, running: Running) -> Running:
         """Goes on with a softmax over a run; of few slots, as a tail, without the kernel."""
         slot_run, mask = read.slot_run, read.mask
-        fewest = _least_slots(slot_run, stored)
-        if slot_run.size < fewest:
+        if slot_run.size < _least_slots(slot_run, stored):
             return ByBlocks(each_block, self.care).over(read, rows, stored, running)
         from lucid_jax.attention.tpu import forms, kernel
 
         form = dict(slot_run.forms)
-        count = running.top.shape[2]
-        slots = _slots_of_block(stored, slot_run.size, fewest, mask, self.backend.block_bytes)
-        padded = -(-count // ROWS) * ROWS
+        group = running.top.shape[2] // mask.tokens
+        tiles, heads, slots = _cut(stored, slot_run, mask, group, self.backend.block_bytes)
+        seen = tiles.seen(read, slots)
         lead = slot_run.buffer.lead
         arrays = {
             name: {
@@ -126,6 +134,9 @@ class _Kernel:
             }
             for name, x in stored.items()
         }
+        rule = None if seen.at is None else mask.rule(slot_run, read.sight)
+        if rule is not None:
+            rows = {name: forms.narrowed(form[name], x) for name, x in rows.items()}
         plan = kernel.Plan(
             forms=tuple((name, form[name]) for name in stored),
             scored=tuple(rows),
@@ -138,8 +149,11 @@ class _Kernel:
                 and x.shape[2 + lead] == slot_run.size
                 and lies_on_lanes(x.shape[-1], slot_run.size)
             ),
-            rows=padded,
-            heads=_heads_of_block(mask.num_kv_heads),
+            each=tiles.each,
+            group=tiles.group,
+            tiles=tiles.count,
+            rule=rule,
+            heads=heads,
             size=slot_run.size,
             slots=slots,
             stacked=bool(lead),
@@ -148,29 +162,42 @@ class _Kernel:
         )
         top, total, mixed = kernel.softmax(
             plan,
-            {
-                name: forms.queries_of(form[name], padded_rows(x, padded))
-                for name, x in rows.items()
-            },
+            {name: forms.queries_of(form[name], tiles.whole(x)) for name, x in rows.items()},
             arrays,
-            self._added(read, count, padded, slots),
+            seen,
             layer_number(slot_run),
         )
         acc = forms.value_of(form[slot_run.mixed], mixed)
-        found = Running(top[:, :, :count], total[:, :, :count], acc[:, :, :count])
-        return joined(running, found)
-
-    def _added(self, read: Reader, count: int, padded: int, slots: int) -> jax.Array:
-        """What is added to scores, float32 (B or 1, H or 1, R or 1, S), in whole blocks and rows."""
-        added = added_to_scores(read, count)
-        more = padded - count if added.shape[2] > 1 else 0
-        rest = -added.shape[3] % slots
-        return jnp.pad(added, [(0, 0), (0, 0), (0, more), (0, rest)], constant_values=-jnp.inf)
+        found = Running(tiles.by_rows(top), tiles.by_rows(total), acc)
+        return joined(running, jax.tree.map(tiles.own, found))
 
 
-def _heads_of_block(heads: int) -> int:
-    """KV heads that are read together: scales of a token lie (H, S), by eights of H or all."""
-    return heads if heads % ROWS else ROWS
+class _Cut(NamedTuple):
+    """What is worked on at a time."""
+
+    tiles: Tiles
+    heads: int  # KV heads
+    slots: int
+
+
+def _cut(stored: Packed, slot_run: SlotRun, mask: Mask, group: int, most_bytes: int) -> _Cut:
+    """How a run is read for queries of `group` heads to a KV head."""
+    from lucid_jax.attention.tpu.forms import arrays_of
+
+    form, lead = dict(slot_run.forms), slot_run.buffer.lead
+    arrays = [x for name, each in stored.items() for x in arrays_of(form[name], each).values()]
+    # What comes once a token lies (H, S), and is read by eights of H or all.
+    together = mask.num_kv_heads if mask.num_kv_heads % ROWS else ROWS
+    alone = group * mask.tokens > FEW and all(x.ndim - lead == 4 for x in arrays)
+    heads = 1 if alone else together
+    tiles = Tiles.of(group, mask.tokens, heads)
+    # A window begins and ends inside a block, of which the rest is read for nothing.
+    most = MOST_SLOTS if mask.window is None else min(MOST_SLOTS, mask.window // 4)
+    most = min(most, most_bytes // _bytes_of_slot(stored, heads), MOST_SCORES // tiles.rows)
+    fewest = slots = _least_slots(slot_run, stored)
+    while 2 * slots <= most:
+        slots *= 2
+    return _Cut(tiles, heads, min(slots, math.ceil(slot_run.size / fewest) * fewest))
 
 
 def _least_slots(slot_run: SlotRun, names: Collection[str]) -> int:
@@ -193,22 +220,11 @@ def _read_by_rows(slot_run: SlotRun, array: jax.Array) -> jax.Array:
     return array
 
 
-def _slots_of_block(stored: Packed, size: int, fewest: int, mask: Mask, most_bytes: int) -> int:
-    """Slots that are read together, `fewest` or twice that and so on, of `size`."""
-    each = _bytes_of_slot(stored, mask.num_kv_heads)
-    # A window begins and ends inside a block, of which the rest is read for nothing.
-    most = MOST_SLOTS if mask.window is None else min(MOST_SLOTS, mask.window // 4)
-    slots = fewest
-    while 2 * slots <= most and 2 * slots * each <= most_bytes:
-        slots *= 2
-    return min(slots, math.ceil(size / fewest) * fewest)
-
-
 def _bytes_of_slot(stored: Packed, heads: int) -> int:
-    """Bytes of one slot of the largest leaf, of the KV heads that are read together."""
+    """Bytes of one slot of the largest leaf, of so many KV heads."""
     numbers = [jax.tree.leaves(x)[0] for x in stored.values()]
     widest: int = max(x.shape[-1] * x.dtype.itemsize for x in numbers)
-    return widest * _heads_of_block(heads)
+    return widest * heads
 
 
 pallas_tpu = PallasTPU()

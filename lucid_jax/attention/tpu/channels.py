@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lucid_jax.attention.tpu.nibbles import as_float, sides_of, sides_of_bytes
-from lucid_jax.attention.tpu.products import Piece, dot
+from lucid_jax.attention.tpu.products import How, Piece, dot
 from lucid_jax.cache.codecs import ChannelNibbles
 from lucid_jax.cache.tiles import LANES, ROWS
 
@@ -34,24 +34,26 @@ def queries_of(form: ChannelNibbles, rows: jax.Array) -> Piece:
     return {"rows": rows, "sides": jnp.concatenate(sides_of(form.dim, rows), axis=2)}
 
 
-def scores(form: ChannelNibbles, queries: Piece, stored: Piece, on_lanes: bool) -> jax.Array:
+def scores(form: ChannelNibbles, queries: Piece, stored: Piece, how: How) -> jax.Array:
     """Products of rows and keys, float32 (R, S)."""
     sides, scales = sides_of_bytes(stored["numbers"]), as_float(stored["scale"])
     count = len(queries["rows"])
     asked = queries["sides"][:count], queries["sides"][count:]
     width = asked[0].shape[1]
     by_side = scales[:, :width], _wide(scales[:, width:], width)
-    shift = dot(queries["rows"], as_float(stored["offset"]), by_width=True, on_lanes=False)
+    shift = dot(
+        queries["rows"], as_float(stored["offset"]), how._replace(on_lanes=False), by_width=True
+    )
     tokens = math.lcm(LANES, form.tokens)  # of a step: whole registers, whole groups
     groups = tokens // form.tokens
     found = []
-    for step in range(sides[0].shape[int(on_lanes)] // tokens):
+    for step in range(sides[0].shape[int(how.on_lanes)] // tokens):
         at, first = slice(step * tokens, (step + 1) * tokens), step * groups
         raw = [shift[:, first + i : first + i + 1] for i in range(groups)]
         for rows, scale, side in zip(asked, by_side, sides, strict=True):
             each = [rows * scale[first + i : first + i + 1] for i in range(groups)]
-            numbers = side[:, at] if on_lanes else side[at]
-            both = dot(jnp.concatenate(each), numbers, by_width=True, on_lanes=on_lanes)
+            numbers = side[:, at] if how.on_lanes else side[at]
+            both = dot(jnp.concatenate(each), numbers, how, by_width=True)
             raw = [x + both[i * count : (i + 1) * count] for i, x in enumerate(raw)]
         group = lax.broadcasted_iota(jnp.int32, (count, tokens), 1) // form.tokens
         total = raw[0]

@@ -12,7 +12,7 @@ from jax import lax
 
 from lucid_jax.attention.kernel_inputs import turned_for
 from lucid_jax.attention.tpu import channels, nibbles
-from lucid_jax.attention.tpu.products import Piece, beside, dot
+from lucid_jax.attention.tpu.products import How, Piece, beside, dot
 from lucid_jax.cache.codecs import (
     AsBits,
     ChannelNibbles,
@@ -50,6 +50,12 @@ def least_slots(form: Form) -> int:
 # --- outside of the kernel -------------------------------------------------------------------------
 
 
+def narrowed(form: Form, rows: jax.Array) -> jax.Array:
+    """Queries that are going to be rounded, rounded at once where nothing else is done to them."""
+    plain = type(form) in (Raw, Rounded, AsBits) and form.dtype == "bfloat16"
+    return rows.astype(jnp.bfloat16) if plain or type(form) is Scaled else rows
+
+
 def queries_of(form: Form, rows: jax.Array) -> Piece:
     """Queries (B, H, R, D) as the kernel multiplies keys with them, arrays (B, H, ...)."""
     if isinstance(form, Rotated):
@@ -84,30 +90,28 @@ def value_of(form: Form, mixed: jax.Array) -> jax.Array:
 # --- inside ----------------------------------------------------------------------------------------
 
 
-def scores(form: Form, queries: Piece, piece: Piece, on_lanes: bool) -> jax.Array:
+def scores(form: Form, queries: Piece, piece: Piece, how: How) -> jax.Array:
     """Products of rows and keys, float32 (R, S); of dead tokens anything."""
     if isinstance(form, Rotated):
-        return scores(form.inner, queries, piece, on_lanes)
+        return scores(form.inner, queries, piece, how)
     if isinstance(form, ChannelNibbles):
-        return channels.scores(form, queries, piece, on_lanes)
+        return channels.scores(form, queries, piece, how)
     if isinstance(form, Nibbles):
-        return nibbles.scores(form, queries, piece, on_lanes)
-    raw = dot(queries["rows"], _numbers(form, piece), by_width=True, on_lanes=on_lanes)
+        return nibbles.scores(form, queries, piece, how)
+    raw = dot(queries["rows"], _numbers(form, piece), how, by_width=True)
     return raw * piece["scale"] if isinstance(form, Scaled) else raw
 
 
-def mix(
-    form: Form, weights: jax.Array, piece: Piece, alive: jax.Array, on_lanes: bool
-) -> jax.Array:
+def mix(form: Form, weights: jax.Array, piece: Piece, alive: jax.Array, how: How) -> jax.Array:
     """Weights times the values that are alive, float32, shaped as `mixed_shape` says."""
     if isinstance(form, Nibbles):
-        return nibbles.mix(form, weights, piece, alive, on_lanes)
+        return nibbles.mix(form, weights, piece, alive, how)
     numbers = _numbers(form, piece)
     if isinstance(form, Scaled):  # its codes are finite, whatever a slot holds
         halves = weights * jnp.where(alive, piece["scale"] / 2, 0)
-        return doubled(dot(halves, numbers, by_width=False, on_lanes=on_lanes), jnp.float32)
-    numbers = jnp.where(beside(alive, numbers, on_lanes), numbers, jnp.zeros((), numbers.dtype))
-    return dot(weights, numbers, by_width=False, on_lanes=on_lanes)
+        return doubled(dot(halves, numbers, how, by_width=False), jnp.float32)
+    numbers = jnp.where(beside(alive, numbers, how.on_lanes), numbers, jnp.zeros((), numbers.dtype))
+    return dot(weights, numbers, how, by_width=False)
 
 
 def _numbers(form: Form, piece: Piece) -> jax.Array:

@@ -1,7 +1,7 @@
-"""The kernel: a running softmax of a few queries over those blocks of slots that hold what they see.
+"""The kernel: a running softmax of tiles of queries over those blocks of slots that hold what they see.
 
-Flash decoding (Dao et al. 2023) as a Pallas kernel for TPUs. Shapes: rows (B, H, R, D), R a multiple of
-8; leaves (B, H, S, ...), or (L, B, H, S, ...) of a stack.
+Flash attention (Dao et al. 2022, 2023) as a Pallas kernel for TPUs. Shapes: rows (B, H, G * T, D), of
+which each of n tiles has R = G * T / n; leaves (B, H, S, ...), or (L, B, H, S, ...) of a stack.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from lucid_jax.attention.mask import Rule
 from lucid_jax.attention.tpu import forms
-from lucid_jax.attention.tpu.products import Piece
+from lucid_jax.attention.tpu.products import How, Piece
+from lucid_jax.attention.tpu.tiles import Seen
 from lucid_jax.cache.codecs.base import Form
-from lucid_jax.cache.tiles import LANES
+from lucid_jax.cache.tiles import LANES, ROWS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +32,10 @@ class Plan:
         scored: the leaves that are scored.
         mixed: the leaf that is mixed.
         on_lanes: arrays of leaves, by leaf and name, whose tokens lie along the lanes.
-        rows: R.
+        group: G.
+        each: T / n, a multiple of 8.
+        tiles: n.
+        rule: what queries see by positions, where `Seen` has them.
         heads: KV heads of a block.
         size: S.
         slots: slots of a block.
@@ -43,7 +48,10 @@ class Plan:
     scored: tuple[str, ...]
     mixed: str
     on_lanes: frozenset[tuple[str, str]]
-    rows: int
+    group: int
+    each: int
+    tiles: int
+    rule: Rule | None
     heads: int
     size: int
     slots: int
@@ -51,17 +59,34 @@ class Plan:
     softcap: float | None
     interpret: Any
 
+    @property
+    def rows(self) -> int:
+        """R."""
+        return self.group * self.each
+
+    def grouped(self, rows: jax.Array) -> jax.Array:
+        """Rows (B, H, k * G * T, D) as (B, H, k * G, T, D), of which a tile is a piece along T."""
+        shape = (*rows.shape[:2], -1, self.tiles * self.each, rows.shape[-1])
+        return rows.reshape(shape)
+
+    def tile_of(self, b: Any, count: int) -> Any:
+        """Which of `count` tiles, of all rows or of each alike, is the b-th of all."""
+        return b if count > self.tiles else b % self.tiles
+
+    def how(self, name: str) -> How:
+        """How numbers of a leaf are multiplied with."""
+        return How((name, "numbers") in self.on_lanes, self.rule is not None)
+
 
 class Visits(NamedTuple):
-    """Which blocks are read, for each row or for all alike; prefetched."""
+    """Which blocks are read, for each tile of each row, or of all rows alike; prefetched."""
 
-    counts: jax.Array  # int32 [B or 1]
-    blocks: jax.Array  # int32 [(B or 1) * n]: of each row its blocks, then anything
+    counts: jax.Array  # int32 [B * n or n]
+    blocks: jax.Array  # int32 [(B * n or n) * blocks]: of each tile its blocks, then anything
 
 
-def visits(seen: jax.Array, slots: int) -> Visits:
-    """The blocks that hold a slot which some query sees, bool (B or 1, n * slots)."""
-    some = jnp.any(seen.reshape(len(seen), -1, slots), axis=-1)
+def visits(some: jax.Array) -> Visits:
+    """The blocks that hold a slot which some query of a tile sees, bool (B * n or n, blocks)."""
     number = jnp.arange(some.shape[1], dtype=jnp.int32).reshape(1, -1)
     one, other = number[:, :, None], number[:, None]
     rank = jnp.sum(some[:, :, None] & (one < other), axis=1, dtype=jnp.int32)
@@ -75,32 +100,30 @@ def softmax(
     plan: Plan,
     queries: dict[str, Piece],
     leaves: dict[str, Piece],
-    extra: jax.Array,
+    seen: Seen,
     number: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The softmax of rows over what they see.
 
     Args:
         plan: static facts.
-        queries: of each leaf that is scored, float32 (B, H, ...), scaled.
+        queries: of each leaf that is scored, (B, H, k * G * T, ...), scaled.
         leaves: the arrays of each leaf, (B, H, S, width) or (B, H, S), before them the stack's axis;
             of what a group of tokens shares (B, H, S / group, width).
-        extra: float32 (B or 1, H or 1, R or 1, n * slots), what is added to scores; -inf hides.
+        seen: who sees what.
         number: int32 [], which layer of a stack.
 
     Returns:
-        What `Running` holds, but values (B, H, ...) as they were mixed.
+        What `Running` holds, of tiles (B * n, H, R), but values (B, H, ...) as they were mixed.
     """
-    batch, heads = next(iter(queries.values()))["rows"].shape[:2]
+    batch, heads, _, _ = next(iter(queries.values()))["rows"].shape
     mixed = forms.mixed_shape(dict(plan.forms)[plan.mixed], plan.rows)
-    seen = jnp.any(~jnp.isneginf(extra), axis=(1, 2))
-    counts, blocks = visits(seen, plan.slots)
-    most = extra.shape[-1] // plan.slots
-    by_row, by_head = len(extra) > 1, extra.shape[1] > 1
+    counts, blocks = visits(seen.some)
+    most = seen.some.shape[1]
 
     def block_of(b: Any, j: Any, counts: Any, blocks: Any) -> Any:
-        row = b if by_row else 0
-        return blocks[row * most + jnp.minimum(j, jnp.maximum(counts[row] - 1, 0))]
+        tile = plan.tile_of(b, len(seen.some))
+        return blocks[tile * most + jnp.minimum(j, jnp.maximum(counts[tile] - 1, 0))]
 
     def of_leaf(name: str, part: str, array: jax.Array) -> tuple[jax.Array, pl.BlockSpec]:
         stride = plan.size // array.shape[2 + plan.stacked]
@@ -114,7 +137,7 @@ def softmax(
 
         def index(b: Any, h: Any, j: Any, number: Any, counts: Any, blocks: Any) -> tuple[Any, ...]:
             at = block_of(b, j, counts, blocks)
-            of_row = (b, h, *(0 if axis is None else at for axis in where))
+            of_row = (b // plan.tiles, h, *(0 if axis is None else at for axis in where))
             return (jnp.minimum(number[0], len(array) - 1), *of_row) if plan.stacked else of_row
 
         lead = (None,) if plan.stacked else ()
@@ -127,106 +150,153 @@ def softmax(
             arrays.append(array)
             specs.append(spec)
     asked = [(name, part) for name in plan.scored for part in queries[name]]
-    rows = [queries[name][part] for name, part in asked]
-    of_rows = [
-        pl.BlockSpec((1, plan.heads, *x.shape[2:]), lambda b, h, j, *_: (b, h, 0, 0)) for x in rows
-    ]
-    of_extra = pl.BlockSpec(
-        (1, plan.heads if by_head else 1, extra.shape[2], plan.slots),
-        lambda b, h, j, number, counts, blocks: (
-            b if by_row else 0,
-            h if by_head else 0,
-            0,
-            block_of(b, j, counts, blocks),
-        ),
-    )
+    rows = [plan.grouped(queries[name][part]) for name, part in asked]
 
-    def out(shape: tuple[int, ...]) -> tuple[jax.ShapeDtypeStruct, pl.BlockSpec]:
-        whole, varying = (batch, heads, *shape), jax.typeof(rows[0]).mat
-        return (
-            jax.ShapeDtypeStruct(whole, jnp.float32, manual_axis_type=varying),
-            pl.BlockSpec((1, plan.heads, *shape), lambda b, h, j, *_: (b, h, 0, 0)),
-        )
+    def of_tile(groups: int, width: int) -> pl.BlockSpec:
+        shape = (1, plan.heads, groups, plan.each, width)
+        return pl.BlockSpec(shape, lambda b, h, j, *_: (b // plan.tiles, h, 0, b % plan.tiles, 0))
 
-    outs = [out(mixed), out((plan.rows, LANES))]
+    def of_slots(array: jax.Array) -> pl.BlockSpec:
+        by_row, by_head, _, by_query, _ = (n > 1 for n in array.shape)
+
+        def index(b: Any, h: Any, j: Any, number: Any, counts: Any, blocks: Any) -> tuple[Any, ...]:
+            return (
+                b // plan.tiles if by_row else 0,
+                h if by_head else 0,
+                0,
+                b % plan.tiles if by_query else 0,
+                block_of(b, j, counts, blocks),
+            )
+
+        tokens = array.shape[3] // plan.tiles if by_query else 1
+        heads = plan.heads if by_head else 1
+        return pl.BlockSpec((1, heads, array.shape[2], tokens, plan.slots), index)
+
+    sight = {name: x for name, x in seen._asdict().items() if name != "some" and x is not None}
+    of_sight = [of_slots(x) for name, x in sight.items() if name != "asked"]
+    scratch = [pltpu.VMEM((plan.heads, plan.rows, LANES), jnp.float32)] * 2
+    if "asked" in sight:
+        count, _, width = sight["asked"].shape
+        index = lambda b, h, j, *_: (plan.tile_of(b, count), 0, 0)  # noqa: E731
+        of_sight.append(pl.BlockSpec((1, 1, width), index))
+        scratch.append(pltpu.VMEM((width, LANES), jnp.int32))
+
+    def out(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.float32, manual_axis_type=jax.typeof(rows[0]).mat)
+
+    groups, width = mixed[0] // plan.each, mixed[1]
+    stats_of = (ROWS, -(-plan.rows // LANES) * LANES)
     names = [(name, part) for name, pieces in leaves.items() for part in pieces]
     acc, stats = pl.pallas_call(
-        _Body(plan, tuple(asked), tuple(names)),
-        out_shape=[shape for shape, _ in outs],
+        _Body(plan, tuple(asked), tuple(sight), tuple(names)),
+        out_shape=[
+            out(batch, heads, groups, plan.tiles * plan.each, width),
+            out(batch * plan.tiles, heads, *stats_of),
+        ],
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
-            grid=(batch, heads // plan.heads, jnp.maximum(jnp.max(counts), 1)),
-            in_specs=[*of_rows, of_extra, *specs],
-            out_specs=[spec for _, spec in outs],
-            scratch_shapes=[pltpu.VMEM((plan.heads, plan.rows, LANES), jnp.float32)] * 2,
+            grid=(batch * plan.tiles, heads // plan.heads, jnp.maximum(jnp.max(counts), 1)),
+            in_specs=[*(of_tile(x.shape[2], x.shape[4]) for x in rows), *of_sight, *specs],
+            out_specs=[
+                of_tile(groups, width),
+                pl.BlockSpec((1, plan.heads, *stats_of), lambda b, h, j, *_: (b, h, 0, 0)),
+            ],
+            scratch_shapes=scratch,
         ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary")
         ),
         interpret=plan.interpret,
-        name="lucid_jax_decode",
-    )(
-        number.reshape(1),
-        jnp.broadcast_to(counts, (batch if by_row else 1,)),
-        blocks,
-        *rows,
-        extra,
-        *arrays,
-    )
-    return stats[..., 0], stats[..., 1], acc
+        name="lucid_jax_decode" if plan.rule is None else "lucid_jax_prefill",
+    )(number.reshape(1), counts, blocks, *rows, *sight.values(), *arrays)
+    top, total = (stats[:, :, i, : plan.rows] for i in range(2))
+    return top, total, acc.reshape(batch, heads, -1, width)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Body:
-    """The program of one block of one row and a few KV heads."""
+    """The program of one block of one tile and a few KV heads."""
 
     plan: Plan
     asked: tuple[tuple[str, str], ...]  # leaf and name of the arrays of queries, in order
+    sight: tuple[str, ...]  # of those of `Seen`
     names: tuple[tuple[str, str], ...]  # of those of leaves
 
     def __call__(self, number: Any, counts: Any, blocks: Any, *refs: Any) -> None:
-        """Goes on with the softmax of a row; grid (B, H / heads, blocks)."""
+        """Goes on with the softmax of a tile; grid (B * n, H / heads, blocks)."""
         plan = self.plan
         queries, refs = refs[: len(self.asked)], refs[len(self.asked) :]
-        extra, *arrays = refs[: 1 + len(self.names)]
-        acc, stats, top, total = refs[1 + len(self.names) :]
-        row, turn = pl.program_id(0), pl.program_id(2)
-        count = counts[jnp.minimum(row, counts.shape[0] - 1)]
+        sight, refs = dict(zip(self.sight, refs, strict=False)), refs[len(self.sight) :]
+        arrays, refs = refs[: len(self.names)], refs[len(self.names) :]
+        acc, stats, top, total, *positions = refs
+        turn = pl.program_id(2)
+        count = counts[plan.tile_of(pl.program_id(0), counts.shape[0])]
 
         @pl.when(turn == 0)
         def _() -> None:
             acc[...] = jnp.zeros(acc.shape, jnp.float32)
             top[...] = jnp.full(top.shape, -jnp.inf, jnp.float32)
             total[...] = jnp.zeros(total.shape, jnp.float32)
+            for ref in positions:  # down the rows, as scores lie
+                ref[...] = jnp.broadcast_to(sight["asked"][0], ref.shape[::-1]).T
 
         @pl.when(turn < count)
         def _() -> None:
             for head in range(plan.heads):
-                self._head(head, queries, extra, arrays, acc, top, total)
+                added, hidden = self._hidden(head, sight, positions)
+                self._head(head, queries, added, hidden, arrays, acc, top, total)
 
         @pl.when(turn == pl.num_programs(2) - 1)
         def _() -> None:
-            lane = jax.lax.broadcasted_iota(jnp.int32, top.shape, 2)
-            stats[0] = jnp.where(lane == 0, top[...], total[...])
+            lane = jax.lax.broadcasted_iota(jnp.int32, top.shape[1:], 1)
+            rest = [jnp.zeros((n, LANES), jnp.float32) for n in (-plan.rows % LANES,) if n]
+            for head in range(plan.heads):  # along the lanes, where they leave none empty
+                both = jnp.where(lane == 0, top[head], total[head])
+                stats[0, head] = jnp.concatenate([both, *rest]).T[: stats.shape[2]]
+
+    def _hidden(self, head: int, sight: Any, positions: Any) -> tuple[Any, Any]:
+        """What is added to scores, float32 (R or 1, S), and which are hidden, bool."""
+        plan = self.plan
+        added, hidden = jnp.zeros((1, 1), jnp.float32), None
+        if "added" in sight:
+            ref = sight["added"]
+            groups = ref[0, head if ref.shape[1] > 1 else 0]
+            added = groups[0]
+            if plan.group > 1 and (ref.shape[2] > 1 or ref.shape[3] > 1):
+                shape = (plan.each, plan.slots)
+                each = [groups[i if ref.shape[2] > 1 else 0] for i in range(plan.group)]
+                added = jnp.concatenate([jnp.broadcast_to(x, shape) for x in each])
+            hidden = added == -jnp.inf
+        if plan.rule is not None:
+            ref = sight["at"]
+            at = ref[0, head if ref.shape[1] > 1 else 0, 0]
+            unseen = ~plan.rule.sees(positions[0][: plan.rows, :1], at)
+            hidden = unseen if hidden is None else unseen | hidden
+        return added, hidden
 
     def _head(
-        self, head: int, queries: Any, extra: Any, arrays: Any, acc: Any, top: Any, total: Any
+        self,
+        head: int,
+        queries: Any,
+        added: Any,
+        hidden: Any,
+        arrays: Any,
+        acc: Any,
+        top: Any,
+        total: Any,
     ) -> None:
         plan = self.plan
         form = dict(plan.forms)
         asked: dict[str, Piece] = {}
         pieces: dict[str, Piece] = {}
         for (name, part), ref in zip(self.asked, queries, strict=True):
-            asked.setdefault(name, {})[part] = ref[0, head]
+            asked.setdefault(name, {})[part] = ref[0, head].reshape(-1, ref.shape[-1])
         for (name, part), ref in zip(self.names, arrays, strict=True):
             by_width = len(ref.shape) == 4
             pieces.setdefault(name, {})[part] = ref[0, head if by_width else pl.ds(head, 1)]
-        added = extra[0, head if extra.shape[1] > 1 else 0]
-        hidden = added == -jnp.inf
         score: Any = 0.0
         for name in plan.scored:
-            on_lanes = (name, "numbers") in plan.on_lanes
-            score = score + forms.scores(form[name], asked[name], pieces[name], on_lanes)
+            score = score + forms.scores(form[name], asked[name], pieces[name], plan.how(name))
         if plan.softcap is not None:
             score = plan.softcap * jnp.tanh(score / plan.softcap)
         score = jnp.where(hidden, -jnp.inf, score + added)
@@ -239,7 +309,8 @@ class _Body:
         top[head] = now
         total[head] = total[head] * decay + jnp.sum(weights, axis=1, keepdims=True)
         alive = jnp.max(jnp.where(hidden, 0.0, 1.0), axis=0, keepdims=True) > 0
-        on_lanes = (plan.mixed, "numbers") in plan.on_lanes
-        mixed = forms.mix(form[plan.mixed], weights, pieces[plan.mixed], alive, on_lanes)
+        how = plan.how(plan.mixed)
+        mixed = forms.mix(form[plan.mixed], weights, pieces[plan.mixed], alive, how)
         each = jnp.concatenate([decay[:, :1]] * (len(mixed) // plan.rows))
-        acc[0, head] = acc[0, head] * each + mixed
+        before = acc[0, head].reshape(mixed.shape)
+        acc[0, head] = (before * each + mixed).reshape(acc.shape[2:])

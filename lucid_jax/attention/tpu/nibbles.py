@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lucid_jax.attention.tpu.products import Piece, dot
+from lucid_jax.attention.tpu.products import How, Piece, dot
 from lucid_jax.cache.codecs import Nibbles
 from lucid_jax.cache.codecs.numerics import doubled
 
@@ -50,7 +50,7 @@ def queries_of(form: Nibbles, rows: jax.Array) -> Piece:
     return {"rows": jnp.concatenate(parts, axis=2), "sums": sums}
 
 
-def scores(form: Nibbles, queries: Piece, stored: Piece, on_lanes: bool) -> jax.Array:
+def scores(form: Nibbles, queries: Piece, stored: Piece, how: How) -> jax.Array:
     """Products of rows and keys, float32 (R, S)."""
     scale, offset = as_float(stored["scale"]), as_float(stored["offset"])
     sums, count, at = queries["sums"], len(queries["sums"]), 0
@@ -59,16 +59,14 @@ def scores(form: Nibbles, queries: Piece, stored: Piece, on_lanes: bool) -> jax.
         total = total + sums[:, group : group + 1] * offset[group : group + 1]
     for side, groups in zip(sides_of_bytes(stored["numbers"]), pieces(form), strict=True):
         size = len(groups) * count
-        raw = dot(queries["rows"][at : at + size], side, by_width=True, on_lanes=on_lanes)
+        raw = dot(queries["rows"][at : at + size], side, how, by_width=True)
         for i, (group, _, _) in enumerate(groups):
             total = total + raw[i * count : (i + 1) * count] * scale[group : group + 1]
         at += size
     return total
 
 
-def mix(
-    form: Nibbles, weights: jax.Array, stored: Piece, alive: jax.Array, on_lanes: bool
-) -> jax.Array:
+def mix(form: Nibbles, weights: jax.Array, stored: Piece, alive: jax.Array, how: How) -> jax.Array:
     """Weights times the values that are alive, one side below the other: float32 (2 R, W)."""
     scale, offset = (
         jnp.where(alive, as_float(stored[name]) / 2, 0) for name in ("scale", "offset")
@@ -76,7 +74,7 @@ def mix(
     count, mixed = len(weights), []
     for side, groups in zip(sides_of_bytes(stored["numbers"]), pieces(form), strict=True):
         scaled = jnp.concatenate([weights * scale[group : group + 1] for group, _, _ in groups])
-        raw = dot(scaled, side, by_width=False, on_lanes=on_lanes)
+        raw = dot(scaled, side, how, by_width=False)
         channel = lax.broadcasted_iota(jnp.int32, (count, raw.shape[1]), 1)
         total = jnp.zeros(channel.shape, jnp.float32)
         for i, (group, first, stop) in enumerate(groups):

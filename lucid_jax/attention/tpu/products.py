@@ -1,4 +1,4 @@
-"""Matrix products inside the kernel: few rows of float32 with many stored numbers.
+"""Matrix products inside the kernel: rows of float32 with many stored numbers.
 
 Shapes: rows (R, D), weights (R, S), numbers of S tokens (S, D), or (D, S) if they lie along the lanes.
 """
@@ -6,6 +6,7 @@ Shapes: rows (R, D), weights (R, S), numbers of S tokens (S, D), or (D, S) if th
 from __future__ import annotations
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,16 +16,31 @@ from jax import lax
 Piece = dict[str, jax.Array]
 
 
-def dot(x: jax.Array, numbers: jax.Array, *, by_width: bool, on_lanes: bool) -> jax.Array:
+class How(NamedTuple):
+    """How numbers of a leaf are multiplied with.
+
+    Attributes:
+        on_lanes: whether tokens lie along the lanes.
+        rounded: whether rows are rounded to bfloat16 where numbers are.
+    """
+
+    on_lanes: bool
+    rounded: bool
+
+
+def dot(x: jax.Array, numbers: jax.Array, how: How, *, by_width: bool) -> jax.Array:
     """Rows times numbers, over their width or their tokens, in float32.
 
-    Rows are few, and the matrix unit waits for the numbers: so rows go through in three parts of
-    bfloat16 each, and what is lost is that of float32.
+    While rows are few the matrix unit waits for the numbers: so they go through in three parts of
+    bfloat16 each, and what is lost is that of float32. Of many that would be three times the work, and
+    they are rounded, as they are wherever else a TPU multiplies narrow tokens.
     """
-    dims = (((1,), (int(by_width ^ on_lanes),)), ((), ()))
+    dims = (((1,), (int(by_width ^ how.on_lanes),)), ((), ()))
     product = partial(lax.dot_general, dimension_numbers=dims, preferred_element_type=jnp.float32)
     if numbers.dtype != jnp.bfloat16:
         return product(x, numbers, precision=lax.Precision.HIGHEST)
+    if how.rounded:
+        return product(x.astype(jnp.bfloat16), numbers)
     high, rest = _split(x)
     mid, low = _split(rest)
     parts = product(jnp.concatenate([high, mid, low]).astype(jnp.bfloat16), numbers)
