@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import lucid_jax as lj
-from lucid_jax.attention import backends
+from lucid_jax.attention import backends, walk
 from lucid_jax.attention.tpu.backend import PallasTPU
 from lucid_jax.attention.tpu.tiles import FEW, Tiles
 from tests.helpers import H, make, poison, queries, tokens
@@ -125,7 +125,7 @@ def test_a_tile_reads_the_blocks_that_its_queries_see(monkeypatch):
 
     monkeypatch.setattr(kernel, "visits", keep)
     state = make(lj.Static(1300), heads=1, dim=4)
-    tile = Tiles.of(4, 1200, 1)
+    tile = Tiles.of(4, 1200, 4)
     assert (tile.count, tile.each, tile.rows) == (10, 128, 512)
     run = functools.partial(lj.extend, state, queries(1, B, 1200, 4), *tokens(1, B, 1200, 1), 0)
     with jax.disable_jit():
@@ -135,17 +135,20 @@ def test_a_tile_reads_the_blocks_that_its_queries_see(monkeypatch):
     assert found[1].counts.tolist() == [1] + 9 * [2]
 
 
-def test_values_that_are_not_finite_reach_who_sees_them():
-    """And no other query of the tile."""
-    state, count = stored(lj.Static(SLOTS)), 70
-    key, value = tokens(9, B, count)
-    value[0, 0, 40] = np.nan
-    got, expected = (
-        np.asarray(lj.extend(state, queries(0, B, count), key, value, 0, implementation=name)[0])
-        for name in ("kernel", "walk")
-    )
-    np.testing.assert_array_equal(np.isnan(got), np.isnan(expected))
-    assert np.isnan(got[0, 0, 40:]).all() and not np.isnan(got[0, :, :40]).any()
+@pytest.mark.parametrize("option", ["plain", "window", "bias by head and query"])
+@pytest.mark.parametrize("scores", [1, walk.FEW_SCORES])
+def test_values_that_are_not_finite_reach_who_sees_them(scores, option, monkeypatch):
+    """And no other query of the tile; also where all is walked again a few queries at a time."""
+    monkeypatch.setattr(walk, "FEW_SCORES", scores)
+    # A backend of its own, as programs are compiled once for each.
+    monkeypatch.setitem(backends._BY_NAME, "kernel", PallasTPU(interpret=True, block_bytes=scores))
+    state, count, options = stored(lj.Static(SLOTS), False), 65, OPTIONS.get(option, {})
+    query, (key, value) = queries(0, B, count, 8), tokens(9, B, count)
+    expected = np.array(lj.extend(state, query, key, value, 0, implementation="walk", **options)[0])
+    expected[0, :4, 30:] = np.nan
+    value[0, 0, 30] = np.nan
+    got, _ = lj.extend(state, query, key, value, 0, implementation="kernel", **options)
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=2e-6)
 
 
 def test_its_gradient_is_that_of_the_walk():
@@ -187,11 +190,14 @@ def test_with_64_bit_types(count):
         agree(*both(state, count, 2), rtol=1e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("group, count, options, lacks", [
-    (65, 2, {}, "at most 64 query heads of a KV head for 2 tokens"),
-    (64, 65, {"bias": np.zeros((H * 64, 65, SLOTS), np.float32)}, "to the scores of a block"),
-])  # fmt: skip
-def test_what_it_does_not_take_it_names(group, count, options, lacks):
+def test_what_it_does_not_take_it_names():
     """So the next backend is asked."""
-    with pytest.raises(ValueError, match=lacks):
-        both(make(lj.Static(SLOTS)), count, group, **options)
+    wide = make(lj.Static(SLOTS, CODECS["int8"]), heads=8, dim=128, value_dim=128)
+    query = jnp.zeros((B, 8 * 17, 65, 128))
+    with pytest.raises(ValueError, match="reads blocks for 136 heads of 65 queries: too many"):
+        lj.attend(wide, query, 0, implementation="kernel")
+    narrow = make(lj.Static(SLOTS, CODECS["int8"]), heads=8)
+    query = jnp.zeros((B, 8 * 64, 65, 4))
+    with pytest.raises(ValueError, match="adds at most 2097152 bytes to the scores of a block"):
+        bias = jnp.zeros((B, 8 * 64, 65, 1))
+        lj.attend(narrow, query, 0, implementation="kernel", bias=bias)

@@ -88,18 +88,15 @@ class Mask:
         return self.position.reshape(-1, 1, 1, self.tokens) >= 0
 
     def of_tokens(self, begin: jax.Array, count: int) -> Mask:
-        """The mask of T' = `count` of the queries."""
+        """The mask of `count` of the queries, from one on."""
 
-        def cut(x: jax.Array | None, axis: int) -> jax.Array | None:
-            whole = x is None or x.shape[axis] == 1 < self.tokens
-            return x if whole else lax.dynamic_slice_in_dim(x, begin, count, axis)
+        def cut(x: jax.Array | None) -> jax.Array | None:
+            if x is None or x.shape[2] == 1:
+                return x
+            return lax.dynamic_slice_in_dim(x, begin, count, 2)
 
-        return self.replace(
-            position=cut(self.position, -1),
-            sights=tuple(x.replace(query_index=cut(x.query_index, -1)) for x in self.sights),
-            visible=cut(self.visible, 2),
-            bias=cut(self.bias, 2),
-        )
+        position = lax.dynamic_slice_in_dim(self.position, begin, count, -1)
+        return self.replace(position=position, visible=cut(self.visible), bias=cut(self.bias))
 
     @property
     def by_head(self) -> bool:

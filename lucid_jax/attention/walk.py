@@ -6,6 +6,7 @@ backward pass walks the same blocks again, of any other way forward too. Shapes 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -152,15 +153,18 @@ def _softmax_in_tiles(way: Way, inputs: _Inputs, asked: _Asked, running: Running
             return lax.dynamic_update_slice_in_dim(by_token(x), some, begin, 3).reshape(x.shape)
 
         some = mask.replace(bias=inputs.bias).of_tokens(begin, count)
+        rows = jax.tree.map(cut, inputs.rows)
         new = _softmax(
             way,
-            inputs.replace(rows=jax.tree.map(cut, inputs.rows), bias=some.bias),
-            asked.replace(mask=some.replace(bias=None)),
-            jax.tree.map(cut, running),
+            dataclasses.replace(inputs, rows=rows, bias=some.bias),
+            dataclasses.replace(asked, mask=some.replace(bias=None)),
+            Running(*map(cut, running)),
         )
-        return jax.tree.map(put, found, new)
+        return Running(*map(put, found, new))
 
-    return lax.fori_loop(0, -(-mask.tokens // count), tile, running)
+    tiles = jnp.int32(-(-mask.tokens // count))
+    all_of_them: Running = lax.fori_loop(jnp.int32(0), tiles, tile, running)
+    return all_of_them
 
 
 def _readers(inputs: _Inputs, asked: _Asked) -> Iterator[tuple[int, int, Reader]]:

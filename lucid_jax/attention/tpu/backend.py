@@ -36,7 +36,7 @@ from lucid_jax.attention.softmax import (
     Scores,
     queries_by_leaf,
 )
-from lucid_jax.attention.tpu.tiles import FEW, Tiles, bytes_added
+from lucid_jax.attention.tpu.tiles import FEW, MOST_NUMBERS, Tiles, bytes_added
 from lucid_jax.attention.walk import attention
 from lucid_jax.cache.packing import Packed
 from lucid_jax.cache.reading import SlotRun
@@ -46,7 +46,6 @@ BLOCK_BYTES = 1 << 20  # of one leaf: half of that or less leaves the memory wai
 MOST_BYTES = 1 << 21  # of one leaf: two leaves, each twice, lie beside all else in 16 MiB
 MOST_SLOTS = 1024  # of a block: a row reads up to one more than it needs
 MOST_SCORES = 1 << 19  # of a block, of one KV head
-MOST_GROUP = 64  # query heads of a KV head, where they are many tokens'
 MOST_BLOCKS = 1 << 16  # of all tiles: their numbers lie in scalar memory
 
 
@@ -91,8 +90,6 @@ class PallasTPU:
             return f"reads {least[0]} slots at a time, and there are fewer"
         batch, heads, tokens, _ = next(iter(queries.values())).shape
         group = heads // mask.num_kv_heads
-        if group * tokens > FEW and group > MOST_GROUP:
-            return f"takes at most {MOST_GROUP} query heads of a KV head for {tokens} tokens"
         for slot_run in slot_runs:
             for name, form in slot_run.forms:
                 if name in names and not takes(form):
@@ -101,6 +98,8 @@ class PallasTPU:
             cut = _cut(stored, slot_run, mask, group, self.block_bytes)
             if cut.slots * _bytes_of_slot(stored, cut.heads) > MOST_BYTES:
                 return f"reads {ROWS} KV heads at a time, or all, and these are too many"
+            if cut.heads * cut.tiles.rows * _widest(slot_run, stored) > 2 * MOST_NUMBERS:
+                return f"reads blocks for {cut.heads * group} heads of {tokens} queries: too many"
             if bytes_added(mask, cut.tiles, cut.heads, cut.slots) > MOST_BYTES:
                 return f"adds at most {MOST_BYTES} bytes to the scores of a block"
             if -(-slot_run.size // cut.slots) * batch * cut.tiles.count > MOST_BLOCKS:
@@ -190,7 +189,7 @@ def _cut(stored: Packed, slot_run: SlotRun, mask: Mask, group: int, most_bytes: 
     together = mask.num_kv_heads if mask.num_kv_heads % ROWS else ROWS
     alone = group * mask.tokens > FEW and all(x.ndim - lead == 4 for x in arrays)
     heads = 1 if alone else together
-    tiles = Tiles.of(group, mask.tokens, heads)
+    tiles = Tiles.of(group, mask.tokens, heads * _widest(slot_run, stored))
     # A window begins and ends inside a block, of which the rest is read for nothing.
     most = MOST_SLOTS if mask.window is None else min(MOST_SLOTS, mask.window // 4)
     most = min(most, most_bytes // _bytes_of_slot(stored, heads), MOST_SCORES // tiles.rows)
@@ -218,6 +217,11 @@ def _read_by_rows(slot_run: SlotRun, array: jax.Array) -> jax.Array:
     if lead and groups < slot_run.size and lies_on_lanes(array.shape[-1], groups):
         return slot_run.buffer.own(array)[None]
     return array
+
+
+def _widest(slot_run: SlotRun, names: Collection[str]) -> int:
+    """The most numbers of a token, of some leaves."""
+    return max(slot_run.form(name).dim for name in names)
 
 
 def _bytes_of_slot(stored: Packed, heads: int) -> int:

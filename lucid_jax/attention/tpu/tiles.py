@@ -20,7 +20,7 @@ from lucid_jax.cache.tiles import LANES, ROWS
 
 FEW = 128  # queries of a KV head that are one tile
 MOST = 512  # of a tile: a block of slots is read once for all of them
-MOST_OF_BLOCK = 1024  # of all KV heads that are read together
+MOST_NUMBERS = 1 << 17  # of them, of all KV heads that are read together
 
 
 class Seen(NamedTuple):
@@ -50,12 +50,12 @@ class Tiles:
     each: int
 
     @classmethod
-    def of(cls, group: int, tokens: int, heads: int) -> Tiles:
-        """For blocks of so many KV heads."""
+    def of(cls, group: int, tokens: int, numbers: int) -> Tiles:
+        """For blocks of so many KV heads, times the numbers of a query."""
         if group * tokens <= FEW:
             return cls(1, group * tokens, -(-group * tokens // ROWS) * ROWS)
         least = 2 * ROWS  # of bfloat16
-        most = max(min(MOST, MOST_OF_BLOCK // heads) // group // least * least, least)
+        most = max(min(MOST, MOST_NUMBERS // numbers) // group // least * least, least)
         count = -(-tokens // most)
         return cls(group, tokens, -(-tokens // (count * least)) * least)
 
