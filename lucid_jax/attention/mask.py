@@ -6,47 +6,18 @@ masks and biases by index are (B or 1, N or 1, T or 1, C or 1), C the slots of `
 
 from __future__ import annotations
 
-import dataclasses
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-from lucid_jax.cache import derive
-from lucid_jax.cache.reading import Copy, Sight, SlotRun
+from lucid_jax.cache.reading import Sight, SlotRun
 from lucid_jax.cache.slots import span
 
-
-@dataclasses.dataclass(frozen=True)
-class Rule:
-    """What queries see by positions alone: static, so that a kernel can ask it block by block.
-
-    Attributes:
-        causal: see `Mask`.
-        window: see `Mask`.
-        layout: the layer's, which drops tokens or not.
-        run: see `Sight`.
-        copy: which of a token's two copies it is about.
-    """
-
-    causal: bool
-    window: int | None
-    layout: Any
-    run: int | None
-    copy: Copy | None
-
-    def sees(self, asked: jax.Array, at: jax.Array) -> jax.Array:
-        """Whether queries see tokens, by positions, int32 that broadcast; negative are of neither."""
-        before = asked - at
-        seen = (at >= 0) & (before >= 0 if self.causal else asked >= 0)
-        if self.window is not None:
-            seen = seen & (before < self.window)
-        inside = derive.sees(self.layout, asked, at, self.run)
-        if inside is not None:
-            seen = seen & inside
-        return seen if self.copy is None else seen & self.copy.visible(asked, at)
+if TYPE_CHECKING:
+    from lucid_jax.cache.layouts.base import Runs
 
 
 @struct.dataclass
@@ -121,7 +92,9 @@ class Mask:
         first, size = jnp.asarray(begin, jnp.int32), slot_run.size if size is None else size
         asked = self.position.reshape(-1, 1, 1, self.tokens, 1)
         at = positions_by_head(slot_run, first, size)[:, :, None, None]
-        seen = self.rule(slot_run, sight).sees(asked, at)
+        seen = jnp.zeros((1,) * 5, bool)
+        for begins, ends in self.runs_seen(slot_run, sight, asked):
+            seen = seen | ((at >= begins) & (at < ends))
         if self.visible is not None:
             seen = seen & self._cut(self.visible, slot_run, first, size)
         bias = self.bias_of(slot_run, first, size)
@@ -153,9 +126,29 @@ class Mask:
         high = jnp.minimum(high, first_unseen)
         return first, jnp.broadcast_to(low, high.shape), high
 
-    def rule(self, slot_run: SlotRun, sight: Sight) -> Rule:
-        """What queries see of a run as tokens of a sight, but for `visible` and `bias`."""
-        return Rule(self.causal, self.window, sight.layout, sight.run, slot_run.copy)
+    def runs_seen(self, slot_run: SlotRun, sight: Sight, asked: jax.Array) -> Runs:
+        """Runs of positions [first, stop) that queries see, but for `visible` and `bias`.
+
+        Args:
+            slot_run: slots of a layer.
+            sight: one of `sights`.
+            asked: positions of the queries, int32 [...] or [B, ...]; -1 sees nothing.
+
+        Returns:
+            Of each run where it begins and where it ends, shaped as `asked`.
+        """
+        found = []
+        for first, stop in sight.runs_seen(asked):
+            first = jnp.maximum(first, 0)
+            if self.causal:
+                stop = jnp.minimum(stop, asked + 1)
+            if self.window is not None:
+                first = jnp.maximum(first, asked - (self.window - 1))
+            if slot_run.copy is not None:
+                first, stop = slot_run.copy.of_run(asked, first, stop)
+            stop = jnp.where(asked >= 0, stop, 0)
+            found.append((jnp.broadcast_to(first, asked.shape), stop))
+        return tuple(found)
 
     def visible_of(self, slot_run: SlotRun) -> jax.Array | None:
         """What `visible` says of a run's slots, shaped as what `seen` gives; None if nothing."""

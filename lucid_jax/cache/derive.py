@@ -130,20 +130,12 @@ def oldest_kept(
     return jnp.where(kept < count, jnp.where(kept > 0, first, position), start)
 
 
-def sees(
-    layout: Layout, query: jax.Array, stored: jax.Array, run: int | None = None
-) -> jax.Array | None:
-    """Whether queries see stored positions, or those of one run; None: all that are stored.
+def runs_seen(layout: Layout, query: jax.Array, run: int | None = None) -> Runs:
+    """Runs of positions that queries [...] or [B, ...] see, or one of them, of what is stored.
 
-    What is live and causal is not asked. Both are int32, of shapes that broadcast.
+    What is live and causal is not asked.
     """
     if layout.slack is None:
-        return None
+        return ((jnp.zeros_like(query), jnp.full_like(query, jnp.iinfo(query.dtype).max)),)
     runs = layout.kept(jnp.int32(0), query + 1)
-    seen = [(stored >= first) & (stored < stop) for first, stop in runs]
-    if run is not None:
-        return seen[run]
-    either = seen[0]
-    for more in seen[1:]:
-        either = either | more
-    return either
+    return runs if run is None else (runs[run],)

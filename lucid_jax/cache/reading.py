@@ -24,6 +24,9 @@ from lucid_jax.cache.packing import Packed, Tokens, decoded, flushed
 from lucid_jax.cache.slots import span
 from lucid_jax.cache.tokens import POSITIONS, TokenLayer
 
+if TYPE_CHECKING:
+    from lucid_jax.cache.layouts.base import Runs
+
 
 @struct.dataclass
 class SlotMap:
@@ -103,10 +106,17 @@ class Copy:
     group: int
     packed: bool
 
-    def visible(self, query: jax.Array, stored: jax.Array) -> jax.Array:
-        """Whether a query reads this copy: by what was packed when it was the newest."""
-        packed = stored < flushed(query + 1, self.tail, self.group)
-        return packed if self.packed else ~packed
+    def of_run(
+        self, query: jax.Array, first: jax.Array, stop: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Of positions [first, stop) those that queries read this copy of.
+
+        What was packed when a query was the newest it reads packed.
+        """
+        packed = flushed(query + 1, self.tail, self.group)
+        if self.packed:
+            return first, jnp.minimum(stop, packed)
+        return jnp.maximum(first, packed), stop
 
 
 def copy_of(codec: Codec, packed: bool) -> Copy | None:
@@ -207,9 +217,9 @@ class Sight:
     # Only the first so many slots of the layer can hold such tokens; None if any can.
     slots: int | None = struct.field(pytree_node=False, default=None)
 
-    def sees(self, query: jax.Array, stored: jax.Array) -> jax.Array | None:
-        """Whether queries [B|1, 1, 1, T, 1] see positions [B|1, H|1, 1, 1, S]; None: all see all."""
-        return derive.sees(self.layout, query, stored, self.run)
+    def runs_seen(self, query: jax.Array) -> Runs:
+        """Runs of positions [first, stop) that queries see of what is stored."""
+        return derive.runs_seen(self.layout, query, self.run)
 
     def key_index(self, counted: jax.Array) -> jax.Array:
         """Indices of stored tokens, from their positions without gaps, int32 [S] or [B, S]."""

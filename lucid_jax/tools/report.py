@@ -11,11 +11,11 @@ import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from lucid_jax.attention.mask import Mask
 from lucid_jax.cache.argument_checks import check_alive, is_traced
-from lucid_jax.cache.reading import SlotRun, sights, slot_runs
+from lucid_jax.cache.reading import sights, slot_runs
 from lucid_jax.cache.shown import bytes_of, count_of, short_name, size_of
 from lucid_jax.cache.state import CacheState
 from lucid_jax.cache.tokens import TokenLayer
@@ -219,18 +219,9 @@ def _bytes_used(layer: TokenLayer) -> int:
 def _slots_read(layer: TokenLayer) -> list[jax.Array]:
     """Of each part, the slots that the latest token's query reads: bool [1 or B, 1 or H, S]."""
     latest = (layer.position - 1)[..., None]
-    seen_by = sights(layer, latest, False)
-    query = latest.reshape(-1, 1, 1, 1, 1)
-
-    def read(slot_run: SlotRun) -> jax.Array:
-        stored = slot_run.positions(jnp.int32(0), slot_run.size)
-        stored = stored.reshape(*stored.shape[:-1], *(1,) * (5 - stored.ndim), slot_run.size)
-        seen = jnp.zeros((1,) * 5, bool)
-        for sight in seen_by:
-            sees = sight.sees(query, stored)
-            seen = seen | (True if sees is None else sees)
-        if slot_run.copy is not None:
-            seen = seen & slot_run.copy.visible(query, stored)
-        return (seen & (stored >= 0))[:, :, 0, 0]
-
-    return [read(slot_run) for slot_run in slot_runs(layer)]
+    (sight,) = sights(layer, latest, False)
+    mask = Mask(
+        position=latest, sights=(sight,), visible=None, bias=None,
+        num_kv_heads=layer.num_kv_heads, causal=False, window=None,
+    )  # fmt: skip
+    return [mask.seen(slot_run, sight)[:, :, 0, 0] for slot_run in slot_runs(layer)]

@@ -133,8 +133,7 @@ class _Kernel:
             }
             for name, x in stored.items()
         }
-        rule = None if seen.at is None else mask.rule(slot_run, read.sight)
-        if rule is not None:
+        if seen.runs is not None:
             rows = {name: forms.narrowed(form[name], x) for name, x in rows.items()}
         plan = kernel.Plan(
             forms=tuple((name, form[name]) for name in stored),
@@ -151,7 +150,7 @@ class _Kernel:
             each=tiles.each,
             group=tiles.group,
             tiles=tiles.count,
-            rule=rule,
+            runs=0 if seen.runs is None else seen.runs.shape[1] // 2,
             heads=heads,
             size=slot_run.size,
             slots=slots,

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from lucid_jax.attention.mask import Rule
 from lucid_jax.attention.tpu import forms
 from lucid_jax.attention.tpu.products import How, Piece
 from lucid_jax.attention.tpu.tiles import Seen
@@ -35,7 +34,7 @@ class Plan:
         group: G.
         each: T / n, a multiple of 8.
         tiles: n.
-        rule: what queries see by positions, where `Seen` has them.
+        runs: of positions that a query sees, where `Seen` has them; else 0.
         heads: KV heads of a block.
         size: S.
         slots: slots of a block.
@@ -51,7 +50,7 @@ class Plan:
     group: int
     each: int
     tiles: int
-    rule: Rule | None
+    runs: int
     heads: int
     size: int
     slots: int
@@ -75,7 +74,7 @@ class Plan:
 
     def how(self, name: str) -> How:
         """How numbers of a leaf are multiplied with."""
-        return How((name, "numbers") in self.on_lanes, self.rule is not None)
+        return How((name, "numbers") in self.on_lanes, rounded=self.runs > 0)
 
 
 class Visits(NamedTuple):
@@ -173,13 +172,14 @@ def softmax(
         return pl.BlockSpec((1, heads, array.shape[2], tokens, plan.slots), index)
 
     sight = {name: x for name, x in seen._asdict().items() if name != "some" and x is not None}
-    of_sight = [of_slots(x) for name, x in sight.items() if name != "asked"]
+    of_sight = [of_slots(x) for name, x in sight.items() if name != "runs"]
     scratch = [pltpu.VMEM((plan.heads, plan.rows, LANES), jnp.float32)] * 2
-    if "asked" in sight:
-        count, _, width = sight["asked"].shape
-        index = lambda b, h, j, *_: (plan.tile_of(b, count), 0, 0)  # noqa: E731
-        of_sight.append(pl.BlockSpec((1, 1, width), index))
-        scratch.append(pltpu.VMEM((width, LANES), jnp.int32))
+    if seen.runs is not None:
+        count, ends, width = seen.runs.shape
+        of_sight.append(
+            pl.BlockSpec((1, ends, width), lambda b, h, j, *_: (plan.tile_of(b, count), 0, 0))
+        )
+        scratch.append(pltpu.VMEM((ends, width, LANES), jnp.int32))
 
     def out(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.float32, manual_axis_type=jax.typeof(rows[0]).mat)
@@ -207,7 +207,7 @@ def softmax(
             dimension_semantics=("parallel", "parallel", "arbitrary")
         ),
         interpret=plan.interpret,
-        name="lucid_jax_decode" if plan.rule is None else "lucid_jax_prefill",
+        name="lucid_jax_decode" if plan.runs == 0 else "lucid_jax_prefill",
     )(number.reshape(1), counts, blocks, *rows, *sight.values(), *arrays)
     top, total = (stats[:, :, i, : plan.rows] for i in range(2))
     return top, total, acc.reshape(batch, heads, -1, width)
@@ -228,7 +228,7 @@ class _Body:
         queries, refs = refs[: len(self.asked)], refs[len(self.asked) :]
         sight, refs = dict(zip(self.sight, refs, strict=False)), refs[len(self.sight) :]
         arrays, refs = refs[: len(self.names)], refs[len(self.names) :]
-        acc, stats, top, total, *positions = refs
+        acc, stats, top, total, *runs = refs
         turn = pl.program_id(2)
         count = counts[plan.tile_of(pl.program_id(0), counts.shape[0])]
 
@@ -237,13 +237,14 @@ class _Body:
             acc[...] = jnp.zeros(acc.shape, jnp.float32)
             top[...] = jnp.full(top.shape, -jnp.inf, jnp.float32)
             total[...] = jnp.zeros(total.shape, jnp.float32)
-            for ref in positions:  # down the rows, as scores lie
-                ref[...] = jnp.broadcast_to(sight["asked"][0], ref.shape[::-1]).T
+            for i in range(2 * plan.runs):  # down the rows, as scores lie
+                end = sight["runs"][0, i : i + 1]
+                runs[0][i] = jnp.broadcast_to(end, (LANES, end.shape[1])).T
 
         @pl.when(turn < count)
         def _() -> None:
             for head in range(plan.heads):
-                added, hidden = self._hidden(head, sight, positions)
+                added, hidden = self._hidden(head, sight, runs)
                 self._head(head, queries, added, hidden, arrays, acc, top, total)
 
         @pl.when(turn == pl.num_programs(2) - 1)
@@ -254,7 +255,7 @@ class _Body:
                 both = jnp.where(lane == 0, top[head], total[head])
                 stats[0, head] = jnp.concatenate([both, *rest]).T[: stats.shape[2]]
 
-    def _hidden(self, head: int, sight: Any, positions: Any) -> tuple[Any, Any]:
+    def _hidden(self, head: int, sight: Any, runs: Any) -> tuple[Any, Any]:
         """What is added to scores, float32 (R or 1, S), and which are hidden, bool."""
         plan = self.plan
         added, hidden = jnp.zeros((1, 1), jnp.float32), None
@@ -267,10 +268,13 @@ class _Body:
                 each = [groups[i if ref.shape[2] > 1 else 0] for i in range(plan.group)]
                 added = jnp.concatenate([jnp.broadcast_to(x, shape) for x in each])
             hidden = added == -jnp.inf
-        if plan.rule is not None:
+        if plan.runs:
             ref = sight["at"]
             at = ref[0, head if ref.shape[1] > 1 else 0, 0]
-            unseen = ~plan.rule.sees(positions[0][: plan.rows, :1], at)
+            unseen: Any = True
+            for i in range(plan.runs):
+                first, stop = (runs[0][2 * i + j, : plan.rows, :1] for j in range(2))
+                unseen = unseen & ((at < first) | (at >= stop))
             hidden = unseen if hidden is None else unseen | hidden
         return added, hidden
 

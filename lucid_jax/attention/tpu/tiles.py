@@ -1,7 +1,7 @@
 """Queries in tiles, each a row of its own to the kernel: which queries, and what they see.
 
 A few queries are one tile, and what each sees comes as an array. Of a prompt's that would be as large
-as its scores, so there the kernel is told positions, and asks the mask's rule block by block.
+as its scores, so there the kernel is told positions, of slots and where runs seen begin and end.
 Shapes: rows (B, H, G * T, D); of each of n tiles R = G * T / n.
 """
 
@@ -32,7 +32,9 @@ class Seen(NamedTuple):
     some: jax.Array  # bool (B * n or n, blocks): whether a query of a tile sees a slot of a block
     added: jax.Array | None  # float32 (B or 1, H or 1, group or 1, T or 1, m); -inf hides
     at: jax.Array | None  # int32 (B or 1, H or 1, 1, 1, m), of slots; -1 if dead
-    asked: jax.Array | None  # int32 (B * n or n, 1, at least R, by 128), of queries
+    runs: (
+        jax.Array | None
+    )  # int32 (B * n or n, 2 * runs, at least R, by 128), of queries: first, stop
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,15 +105,18 @@ class Tiles:
         seen = seen.reshape(len(seen), self.count, self.each, -1, slots)
         some = jnp.any(seen, axis=(2, 4))
         at = positions_by_head(slot_run, jnp.int32(0), slot_run.size)[:, :, None, None]
-        asked = _padded(mask.position.reshape(-1, self.tokens), 1, self._rest, -1)
-        asked = asked.reshape(-1, self.count, 1, self.each)
-        asked = jnp.broadcast_to(asked, (*asked.shape[:2], self.group, self.each))
-        asked = asked.reshape(-1, 1, self.rows)
+        asked = mask.position.reshape(-1, self.tokens)
+        runs = jnp.stack(
+            [x for run in mask.runs_seen(slot_run, read.sight, asked) for x in run], axis=1
+        )
+        runs = _padded(runs, 2, self._rest, 0).reshape(*runs.shape[:2], self.count, 1, self.each)
+        runs = jnp.broadcast_to(runs, (*runs.shape[:3], self.group, self.each))
+        runs = jnp.moveaxis(runs, 2, 1).reshape(-1, runs.shape[1], self.rows)
         return Seen(
             some.reshape(-1, some.shape[-1]),
             self._given(read, slots),
             _padded(at, 4, -slot_run.size % slots, -1),
-            _padded(asked, 2, -self.rows % LANES, -1),
+            _padded(runs, 2, -self.rows % LANES, 0),
         )
 
     def _given(self, read: Reader, slots: int) -> jax.Array | None:
