@@ -85,3 +85,39 @@ def test_shapes_and_options(target, stored, how, request):
         )
         request.applymarker(pytest.mark.xfail(reason=reason, raises=AssertionError, strict=False))
     check(codec, target, **{"dim": dim, "group": 4, **how})
+
+
+# How a prompt's queries come, of eight rows and heads.
+PROMPTS = [
+    {"count": 512, "group": 4}, {"count": 512, "group": 1}, {"count": 64, "group": 8},
+    {"count": 64, "group": 16}, {"count": 512, "group": 4, "ragged": True},
+    {"count": 512, "group": 4, "stacked": True, "window": 1000, "softcap": 30.0},
+    {"count": 512, "group": 4, "sinks": 4},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "stored, how",
+    some_of(
+        [("bf16", 64), ("bf16", 128), ("bf16", 256), ("int8", 128), ("fp8", 256), ("f32", 128)],
+        PROMPTS,
+        few=2,
+    ),
+    ids=str,
+)
+def test_prompts(stored, how):
+    """Many queries: no scores are kept, and no leaf is copied; some of results' size may be."""
+    codec, dim = stored
+    target = TARGETS[(dim // 64 + PROMPTS.index(how)) % 3]
+    options, slots = dict(how), 16384
+    sinks = options.pop("sinks", None)
+    layout = lj.Sliding(slots - 516, sinks=sinks, slack=512) if sinks else lj.Static(slots)
+    dtype = "float32" if codec == "f32" else "bfloat16"
+    program, cache, leaf = compiled(
+        target, layout.but(codec=CODECS[codec]), dim=dim, dtype=dtype, **options
+    )
+    text = program.as_text()
+    assert "lucid_jax_prefill" in text and "tpu_custom_call" in text
+    results = 8 * 8 * how["group"] * how["count"] * max(dim, 128) * 4
+    assert program.memory_analysis().temp_size_in_bytes < 3 * results + cache / 16
+    assert not moved(not_renamed(text), leaf * 9 // 10)

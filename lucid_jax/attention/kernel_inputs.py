@@ -1,6 +1,7 @@
-"""What kernels for a few queries are given, and what is made of their results, for all of them.
+"""What kernels are given, and what is made of their results, for all of them.
 
-Which queries see which slots comes as an array, so that every layout and mask is the same to a kernel.
+Which of a few queries see which slots comes as an array, so that every layout and mask is the same to a
+kernel.
 Shapes as in softmax.py.
 """
 
