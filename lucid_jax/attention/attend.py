@@ -119,9 +119,9 @@ def attend(
         implementation: which backend computes it: "walk", block by block; "dense", one product over a
             static run of slots, in few kernels but O(T * capacity), all scores in memory; "pallas_tpu",
             and for a few queries "mosaic_gpu" (Hopper, JAX 0.12), kernels that read the blocks of slots
-            which hold what queries see; or one of your own, see `lucid_jax.attention.register`. By default
-            the platform's first that takes the call: its kernel on TPUs and GPUs, there "dense" where
-            scores are few and layers not stacked, or else, as on CPU, "walk".
+            which hold what queries see; or one of your own, see `lucid_jax.attention.register`. By
+            default the platform's first that takes the call: its kernel on TPUs and GPUs, there "dense"
+            where scores are few and layers not stacked, or else, as on CPU, "walk".
         return_lse: return also the log-sum-exp of each query's scores, for `merge`.
 
     Returns:
