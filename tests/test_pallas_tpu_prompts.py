@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import lucid_jax as lj
-from lucid_jax.attention import backends, walk
+from lucid_jax.attention import backends, blocks
 from lucid_jax.attention.tpu.backend import PallasTPU
 from lucid_jax.attention.tpu.tiles import FEW, Tiles
 from tests.helpers import H, make, poison, queries, tokens
@@ -136,10 +136,10 @@ def test_a_tile_reads_the_blocks_that_its_queries_see(monkeypatch):
 
 
 @pytest.mark.parametrize("option", ["plain", "window", "bias by head and query"])
-@pytest.mark.parametrize("scores", [1, walk.FEW_SCORES])
+@pytest.mark.parametrize("scores", [1, blocks.FEW_SCORES])
 def test_values_that_are_not_finite_reach_who_sees_them(scores, option, monkeypatch):
     """And no other query of the tile; also where all is walked again a few queries at a time."""
-    monkeypatch.setattr(walk, "FEW_SCORES", scores)
+    monkeypatch.setattr(blocks, "FEW_SCORES", scores)
     # A backend of its own, as programs are compiled once for each.
     monkeypatch.setitem(backends._BY_NAME, "kernel", PallasTPU(interpret=True, block_bytes=scores))
     state, count, options = stored(lj.Static(SLOTS), False), 65, OPTIONS.get(option, {})

@@ -46,6 +46,7 @@ SIZES = {
     "tpu": Sizes(256, 4096, 1 << 26, 1 << 24),
 }
 OTHERS_SIZES = Sizes(256, 512, 1 << 26, 1 << 24)
+FEW_SCORES = 1 << 22  # of a block that is hardly ever read, as memory for them is always taken
 
 Carry = TypeVar("Carry")
 
@@ -149,6 +150,11 @@ def each_block(
 ) -> Carry:
     """Blocks of `block_size` slots one by one; the last may overlap the one before."""
     return _blocks_of(block_size(rows), slot_run, body, carry)
+
+
+def tokens_of_small_block(rows: int) -> int:
+    """Tokens, of so many queries each, whose scores with a block of `each_small_block` are few."""
+    return max(FEW_SCORES // max(rows * SIZES.get(platform(), OTHERS_SIZES).least, 1), 8)
 
 
 def each_small_block(

@@ -16,7 +16,13 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-from lucid_jax.attention.blocks import ByBlocks, Way, each_block, each_small_block
+from lucid_jax.attention.blocks import (
+    ByBlocks,
+    Way,
+    each_block,
+    each_small_block,
+    tokens_of_small_block,
+)
 from lucid_jax.attention.by_row import RowByRow
 from lucid_jax.attention.gradient import (
     Gradients,
@@ -131,10 +137,10 @@ def _softmax(way: Way, inputs: _Inputs, asked: _Asked, running: Running) -> Runn
 
 def _softmax_in_tiles(way: Way, inputs: _Inputs, asked: _Asked, running: Running) -> Running:
     """The same, for some queries after the others, so that the scores of a block are few."""
-    mask, size = asked.mask, SIZES.get(platform(), OTHERS_SIZES).least
+    mask = asked.mask
     batch, heads, queries = running.top.shape
     group = queries // mask.tokens
-    count = min(mask.tokens, max(FEW_SCORES // max(batch * heads * group * size, 1), 8))
+    count = min(mask.tokens, tokens_of_small_block(batch * heads * group))
     if count == mask.tokens:
         return _softmax(way, inputs, asked, running)
 

@@ -31,10 +31,8 @@ class Seen(NamedTuple):
 
     some: jax.Array  # bool (B * n or n, blocks): whether a query of a tile sees a slot of a block
     added: jax.Array | None  # float32 (B or 1, H or 1, group or 1, T or 1, m); -inf hides
-    at: jax.Array | None  # int32 (B or 1, H or 1, 1, 1, m), of slots; -1 if dead
-    runs: (
-        jax.Array | None
-    )  # int32 (B * n or n, 2 * runs, at least R, by 128), of queries: first, stop
+    at: jax.Array | None  # int32 (B or 1, H or 1, 1, 1, m), positions of slots; -1 if dead
+    runs: jax.Array | None  # int32 (B * n or n, 2 * runs, R by 128), where they begin and end
 
 
 @dataclasses.dataclass(frozen=True)
