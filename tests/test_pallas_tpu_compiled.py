@@ -90,7 +90,7 @@ def test_shapes_and_options(target, stored, how, request):
 # How a prompt's queries come, of eight rows and heads.
 PROMPTS = [
     {"count": 512, "group": 4}, {"count": 512, "group": 1}, {"count": 64, "group": 8},
-    {"count": 64, "group": 16}, {"count": 512, "group": 4, "ragged": True},
+    {"count": 64, "group": 16, "heads": 2}, {"count": 512, "group": 4, "ragged": True},
     {"count": 512, "group": 4, "stacked": True, "window": 1000, "softcap": 30.0},
     {"count": 512, "group": 4, "sinks": 4},
 ]  # fmt: skip

@@ -98,7 +98,7 @@ class PallasTPU:
             cut = _cut(stored, slot_run, mask, group, self.block_bytes)
             if cut.slots * _bytes_of_slot(stored, cut.heads) > MOST_BYTES:
                 return f"reads {ROWS} KV heads at a time, or all, and these are too many"
-            if cut.heads * cut.tiles.rows * _widest(slot_run, stored) > 2 * MOST_NUMBERS:
+            if cut.heads * cut.tiles.rows * _widest(slot_run, stored) > MOST_NUMBERS:
                 return f"reads blocks for {cut.heads * group} heads of {tokens} queries: too many"
             if bytes_added(mask, cut.tiles, cut.heads, cut.slots) > MOST_BYTES:
                 return f"adds at most {MOST_BYTES} bytes to the scores of a block"
