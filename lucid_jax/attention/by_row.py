@@ -35,7 +35,8 @@ class RowByRow(NamedTuple):
         count, ends = running.top.shape[0], slot_run.ends()
         size, size_alone = block_size(rows), block_size(_of_rows(rows, 0))
         all_read = count * (-(-slot_run.stop // size) * size)
-        apart = 5 * jnp.sum(-(-ends // size_alone) * size_alone) < 4 * all_read
+        alone = jnp.sum(-(-ends // size_alone) * size_alone, dtype=jnp.int32)
+        apart = 5 * alone < 4 * all_read
         # By loops of no turns and not a choice, which under vmap would always do both.
         stop = jnp.where(apart, slot_run.start, slot_run.stop)
         left = dataclasses.replace(read, slot_run=slot_run.replace(stop=stop))
@@ -49,7 +50,9 @@ class RowByRow(NamedTuple):
             put = lax.dynamic_update_slice_in_dim
             return Running(*(put(x, new, row, 0) for x, new in zip(running, after, strict=True)))
 
-        done: Running = lax.fori_loop(0, jnp.where(apart, count, 0), go_on, running)
+        done: Running = lax.fori_loop(
+            jnp.int32(0), jnp.where(apart, jnp.int32(count), 0), go_on, running
+        )
         return done
 
 
