@@ -100,10 +100,11 @@ def test_what_a_tpu_writes_is_the_same(spec, stacked, ragged, monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, on_a_tpu, expected)
 
 
+@pytest.mark.parametrize("stacked", [False, True], ids=["layers", "stacked"])
 @pytest.mark.parametrize("divided", [False, True])
-def test_leaves_of_a_stack_are_told_to_lie_as_they_do_on_a_tpu(divided):
+def test_leaves_are_told_to_lie_as_they_do_on_a_tpu(divided, stacked):
     """Of few numbers a token they were copied around loops; those that are divided are not told."""
-    state = make(lj.Static(600), layers=2, stacked=True, batch=2)
+    state = make(lj.Static(600), layers=2, stacked=stacked, batch=2)
     if divided:
         mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
         state = jax.device_put(state, lj.shardings(state, mesh, batch="x"))

@@ -21,7 +21,7 @@ from jax import lax
 from lucid_jax.cache.carry import varying_as
 from lucid_jax.cache.gradient import with_gradient_of
 from lucid_jax.cache.slots import along_slots, span
-from lucid_jax.cache.tiles import lies_on_lanes
+from lucid_jax.cache.tiles import lies_on_lanes, unmoved
 
 _ZERO_BLOCK = 64  # slots cleared per loop turn
 _MOVE_BLOCK = 256  # slots moved per loop turn
@@ -59,7 +59,7 @@ class Rows:
 
     def write(self, leaf: jax.Array, tokens: jax.Array, begin: jax.Array) -> jax.Array:
         """Writes tokens (B, H, W, ...) to slots [begin, begin + W) of all rows, begin int32 []."""
-        return lax.dynamic_update_slice_in_dim(leaf, tokens, begin, axis=2)
+        return self._pasted(leaf, tokens, _at(leaf, jnp.int32(0), begin))
 
     def take(self, leaf: jax.Array, slots: jax.Array) -> jax.Array:
         """Reads slots [W] or [B, W]; numbers out of range are clamped (mask them later)."""
@@ -109,13 +109,21 @@ class Rows:
         self, leaf: jax.Array, tokens: jax.Array, row: jax.Array, begin: jax.Array
     ) -> jax.Array:
         """Writes tokens (1, H, W, ...) to slots [begin, begin + W) of one row."""
-        return lax.dynamic_update_slice(leaf, tokens, _at(leaf, row, begin))
+        return self._pasted(leaf, tokens, _at(leaf, row, begin))
 
     def empty(self, leaf: jax.Array, rows: int) -> jax.Array:
         """A leaf of zeros like this one, for another number of rows."""
         return jnp.zeros((rows, *leaf.shape[1:]), leaf.dtype)
 
     # --- the same for every buffer -------------------------------------------------------------
+
+    def _pasted(self, leaf: jax.Array, new: jax.Array, at: tuple[jax.Array, ...]) -> jax.Array:
+        """A leaf into which something of as many axes is written, in place in any loop."""
+
+        def paste(leaf: jax.Array, new: jax.Array, *at: jax.Array) -> jax.Array:
+            return lax.dynamic_update_slice(leaf, new, at)
+
+        return unmoved(paste, leaf, new, *at, slot_axis=self.lead + 2)
 
     def slots(self, leaf: jax.Array) -> int:
         """S of a leaf: tokens that share an entry have one slot there."""

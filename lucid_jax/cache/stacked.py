@@ -132,18 +132,13 @@ class Stacked(Rows):
         self, leaf: jax.Array, row: jax.Array, begin: jax.Array, rows: int, size: int
     ) -> jax.Array:
         shape = (1, rows, leaf.shape[2], size, *leaf.shape[4:])
-        return lax.dynamic_slice(_kept(leaf), self._at(leaf, row, begin), shape)[0]
+        leaf = as_it_lies(leaf, 3)
+        return lax.dynamic_slice(leaf, self._at(leaf, row, begin), shape)[0]
 
     def _paste(
         self, leaf: jax.Array, tokens: jax.Array, row: jax.Array, begin: jax.Array
     ) -> jax.Array:
-        at = self._at(leaf, row, begin)
-        return _kept(lax.dynamic_update_slice(_kept(leaf), tokens[None], at))
-
-
-def _kept(leaf: jax.Array) -> jax.Array:
-    """A stack's leaf as it lies: its layers are gone through in a loop, their slots in one inside."""
-    return as_it_lies(leaf) if leaf.ndim > 4 else leaf
+        return self._pasted(leaf, tokens[None], self._at(leaf, row, begin))
 
 
 class LayerLike(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import jax
 from jax import lax
@@ -29,28 +30,45 @@ def lies_on_lanes(width: int, slots: int) -> bool:
     return size(width, slots) < size(slots, width)
 
 
-def as_it_lies(leaf: jax.Array) -> jax.Array:
+def as_it_lies(leaf: jax.Array, slot_axis: int) -> jax.Array:
     """A leaf (..., S, width) that XLA for TPUs is told to leave as it lies, where that is by slots.
 
     In a loop inside of another it takes the usual order, and copies the leaf around both.
     """
-    return held(leaf) if lies_on_lanes(leaf.shape[-1], leaf.shape[-2]) else leaf
+    return unmoved(lambda leaf: leaf, leaf, slot_axis=slot_axis)
+
+
+def unmoved(
+    change: Callable[..., jax.Array], leaf: jax.Array, *args: jax.Array, slot_axis: int
+) -> jax.Array:
+    """`change(leaf, *args)`, a leaf again, which is told to be `as_it_lies` before and after."""
+    if slot_axis != leaf.ndim - 2 or not lies_on_lanes(leaf.shape[-1], leaf.shape[-2]):
+        return change(leaf, *args)
+    return _told(change, leaf, *args)
 
 
 def held(leaf: jax.Array) -> jax.Array:
-    """A leaf (..., S, width) that XLA for TPUs is told to keep in the order that it gives arguments.
+    """A leaf (..., S, width) that XLA for TPUs is told to keep in the order that it gives arguments."""
+    return _told(lambda leaf: leaf, leaf)
+
+
+def _told(change: Callable[..., jax.Array], leaf: jax.Array, *args: jax.Array) -> jax.Array:
+    """`change(leaf, *args)`, where XLA for TPUs is told the order of the leaf before and after.
 
     Where the compiler divides the work it gathers what it is told so of, and is not told.
     """
     if divided_by_compiler(leaf):
-        return leaf
+        return change(leaf, *args)
     *rest, slots, width = leaf.shape
     last = (leaf.ndim - 2, leaf.ndim - 1)
     order = Layout((*range(len(rest)), *(last[::-1] if lies_on_lanes(width, slots) else last)))
-    told: jax.Array = lax.platform_dependent(
-        leaf, tpu=lambda x: with_layout_constraint(x, order), default=lambda x: x
-    )
-    return told
+
+    def on_tpu(leaf: jax.Array, *args: jax.Array) -> jax.Array:
+        leaf = change(with_layout_constraint(leaf, order), *args)
+        return with_layout_constraint(leaf, order)
+
+    changed: jax.Array = lax.platform_dependent(leaf, *args, tpu=on_tpu, default=change)
+    return changed
 
 
 def divided_by_compiler(leaf: jax.Array) -> bool:

@@ -13,10 +13,10 @@ import csv
 import time
 from pathlib import Path
 
-from tests.device_steps import CASES, cover, faults, inspected, known
+from tests.device_steps import CASES, Case, cover, faults, inspected, known
 
 COLUMNS = (
-    *("verb", "layout", "codec", "rows", "dtype", "target"),
+    *Case._fields,
     *("donated", "aliased", "temporaries", "rewritten", "cycles", "launches", "in place", "known"),
 )
 
@@ -56,7 +56,7 @@ def main():
     if options.out.exists():
         with options.out.open(newline="") as file:
             rows = list(csv.DictReader(file))
-    done = {tuple(row[name] for name in COLUMNS[:6]) for row in rows}
+    done = {tuple(row[name] for name in Case._fields) for row in rows}
     wanted = cover() if options.cover else CASES
     todo = [case for case in wanted if case not in done and {*options.only} <= {*case}]
     began = time.perf_counter()
