@@ -9,6 +9,7 @@ from flax import nnx
 import lucid_jax as lj
 from lucid_jax.decode import prefill as together
 from lucid_jax.decode import prefill_apart as apart
+from lucid_jax.decode.options import DecodeOptions
 from lucid_jax.models import ModelConfig, Transformer
 
 SIZES = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -126,3 +127,15 @@ def test_narrow_floats_are_fed_one_by_one_too(prompts):
     model = Transformer(ModelConfig(**SIZES), dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     result = lj.generate(model, prompts, max_new_tokens=NEW)
     assert lj.seq_length(result.cache).tolist() == [n + NEW - 1 for n in LENGTHS]
+
+
+@pytest.mark.parametrize("slack", [0, 1, 4, 8])
+def test_windows_with_room_for_drafts_have_eights_of_slots(slack):
+    """On TPUs of other numbers of slots XLA copied all to attend to them, at each token."""
+    config = ModelConfig(**SIZES, model_type="mistral", sliding_window=16)
+    model = Transformer(config, rngs=nnx.Rngs(0))
+    options = DecodeOptions.of(max_new_tokens=40)
+    state, _ = together.open_cache(model, options, np.array([3, 5]), slack=slack)
+    for layer in state.layers:
+        assert layer.num_slots % 8 == 0
+        assert layer.lookback >= slack
