@@ -238,6 +238,14 @@ KNOWN = (
         targets=("tpu:v5p",),
     ),
     Known(
+        "as much as one layer's codes, of 32 bytes a token, is held beside a stack; to be mended",
+        verbs=("extend of 8",),
+        codecs=("int4",),
+        rows=("stacked ragged",),
+        head_dims=("64",),
+        targets=TPUS,
+    ),
+    Known(
         "float32 scores of all slots are more than a sixteenth of a narrow cache",
         verbs=("decode",),
         codecs=("int8", "fp8", "int4", "kivi"),
