@@ -95,7 +95,11 @@ def test_what_a_tpu_writes_is_the_same(spec, stacked, ragged, monkeypatch):
 
     expected = jax.jit(appended)(tokens)
     assert not np.any(lj.overflowed(expected))
-    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, tpu, default: tpu(*args))
+
+    def for_a_tpu(*args, default, tpu=None, **others):
+        return (tpu or default)(*args)
+
+    monkeypatch.setattr(jax.lax, "platform_dependent", for_a_tpu)
     on_a_tpu = jax.jit(lambda tokens: appended(tokens))(tokens)
     jax.tree.map(np.testing.assert_array_equal, on_a_tpu, expected)
 
