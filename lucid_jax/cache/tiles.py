@@ -65,7 +65,8 @@ def _told(change: Callable[..., jax.Array], leaf: jax.Array, *args: jax.Array) -
 
     def on_tpu(leaf: jax.Array, *args: jax.Array) -> jax.Array:
         leaf = change(with_layout_constraint(leaf, order), *args)
-        return with_layout_constraint(leaf, order)
+        told: jax.Array = with_layout_constraint(leaf, order)
+        return told
 
     changed: jax.Array = lax.platform_dependent(leaf, *args, tpu=on_tpu, default=change)
     return changed
