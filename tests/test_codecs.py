@@ -394,6 +394,22 @@ def test_places_refuse_gradients_too():
         jax.grad(lambda k: lj.get(lj.update(state, k, value, 0, [0, 1]), 0)[0].sum())(key)
 
 
+@pytest.mark.parametrize("ragged", [False, True], ids=["aligned", "ragged"])
+@pytest.mark.parametrize("spec", [lj.Static(24), lj.Sliding(9)], ids=["static", "sliding"])
+def test_gradients_go_through_simulated_groups(spec, ragged):
+    """Of a compiled step that completes several, which codes are stored for one after the other."""
+    codec = SIMULATED(KIVI(group=4, residual=3))
+    state = make(spec.but(codec=codec), batch=2, heads=H, dim=D, value_dim=D, ragged=ragged)
+
+    def loss(key, value):
+        got = lj.get(lj.update(state, key, value, 0), 0)
+        return sum(jnp.sum(x[:, :, :9]) for x in got[:2])
+
+    gradients = jax.jit(jax.grad(loss, (0, 1)))(*tokens(0, 2, 9, H, D, D))
+    for gradient in gradients:
+        np.testing.assert_allclose(gradient, jnp.ones_like(gradient), atol=1e-6)
+
+
 # --- dtypes ----------------------------------------------------------------------------------------
 
 

@@ -144,7 +144,8 @@ def put(layer: TokenLayer, chunk: Chunk) -> TokenLayer:
         position = span(chunk.first, width).reshape(-1, 1, width)
         shape = (layer.batch_size, layer.num_kv_heads, width)
         new[POSITIONS] = jnp.broadcast_to(position, shape)
-    if layer.packing.codec.unit > 1:
+    # Simulated ones are numbers as they came, and carry gradients, which no loop of traced length does.
+    if layer.packing.codec.unit > 1 and not layer.packing.differentiable:
         leaves = _put_groups(layer, chunk, new)
     else:
         write = _write_dense if layer.layout.dense else _write_around
