@@ -64,6 +64,9 @@ def test_widths_and_groups(target, codec, dim, group, request):
     if (target, codec) == ("tpu:v5p", "kivi") and (dim == 64 or (dim in (80, 96) and group == 16)):
         reason = "KIVI's scales are copied, with which 4,096 slots hold more than a sixteenth"
         request.applymarker(pytest.mark.xfail(reason=reason, raises=AssertionError, strict=True))
+    if (target, codec, dim, group) == ("tpu:v5p", "int4", 64, 16):
+        reason = "what lies around the kernel is more than a sixteenth of a narrow cache"
+        request.applymarker(pytest.mark.xfail(reason=reason, raises=AssertionError, strict=True))
     check(codec, target, dim=dim, group=group)
 
 
