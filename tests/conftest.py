@@ -102,6 +102,16 @@ def pytest_terminal_summary(terminalreporter):
     terminalreporter.write_line(f"drawn with LUCID_JAX_TEST_SEED={SEED}")
 
 
+@pytest.fixture
+def pallas_kernel(monkeypatch):
+    """`implementation="kernel"` is that for TPUs, interpreted, with blocks as small as they come."""
+    from lucid_jax.attention import backends
+    from lucid_jax.attention.tpu.backend import PallasTPU
+
+    named = {**backends._BY_NAME, "kernel": PallasTPU(interpret=True, block_bytes=1)}
+    monkeypatch.setattr(backends, "_BY_NAME", named)
+
+
 @pytest.fixture(params=["walk", pytest.param("dense", marks=pytest.mark.exhaustive)])
 def each_backend(request, monkeypatch):
     """Runs a test with each backend as what this platform tries first, and gives its name.

@@ -10,12 +10,13 @@ from jax.experimental.pallas import tpu as pltpu
 
 import lucid_jax as lj
 from lucid_jax.attention import backends
-from lucid_jax.attention.tpu.backend import PallasTPU, pallas_tpu
+from lucid_jax.attention.tpu.backend import pallas_tpu
 from lucid_jax.cache.tiles import lies_on_lanes
 from tests.helpers import H, make, poison, queries, tokens
 from tests.kernels import agree as agree_to
 from tests.kernels import both, cases_of, for_layout, options_of
 
+pytestmark = pytest.mark.usefixtures("pallas_kernel")
 B, N, SLOTS = 2, 2 * H, 300  # three blocks of 128, the last of them not whole
 LAYOUTS = {
     "static": lj.Static(SLOTS),
@@ -35,13 +36,6 @@ CODECS = {
     "kivi rotated": lj.codecs.KIVI(group=8, residual=5, rotate=True),
 }
 OPTIONS = options_of(SLOTS, N)
-
-
-@pytest.fixture(autouse=True)
-def kernel(monkeypatch):
-    """`implementation="kernel"`: interpreted, with blocks as small as they come."""
-    named = {**backends._BY_NAME, "kernel": PallasTPU(interpret=True, block_bytes=1)}
-    monkeypatch.setattr(backends, "_BY_NAME", named)
 
 
 def stored(spec, ragged=False, **options):
@@ -190,7 +184,6 @@ def test_it_says_so_in_shard_map_too():
 
 @pytest.mark.parametrize("spec, count, options, lacks", [
     (lj.Static(SLOTS), 1, {"rope_theta": 10.0}, "rotate keys"),
-
     (lj.Static(600, lj.codecs.KIVI(group=24)), 1, {}, "does not read ChannelNibbles"),
     (lj.Static(SLOTS, lj.codecs.KIVI(residual=2)), 1, {}, "512 slots at a time"),
     (lj.Static(100), 1, {}, "128 slots at a time"),

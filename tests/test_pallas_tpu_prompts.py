@@ -14,6 +14,7 @@ from lucid_jax.attention.tpu.tiles import FEW, Tiles
 from tests.helpers import H, make, poison, queries, tokens
 from tests.kernels import agree
 
+pytestmark = pytest.mark.usefixtures("pallas_kernel")
 B, BEFORE = 2, 150  # what is stored before a prompt's chunk
 SLOTS = BEFORE + 600
 LAYOUTS = {
@@ -43,13 +44,6 @@ OPTIONS = {
     "bias by row": {"bias": DRAWN.standard_normal((B, 1, 1, 1)).astype(np.float32)},
     "places": {"cache_position": np.int32([np.arange(65), np.arange(64, -1, -1)]) + 9},
 }
-
-
-@pytest.fixture(autouse=True)
-def kernel(monkeypatch):
-    """`implementation="kernel"`: interpreted, with blocks as small as they come."""
-    named = {**backends._BY_NAME, "kernel": PallasTPU(interpret=True, block_bytes=1)}
-    monkeypatch.setattr(backends, "_BY_NAME", named)
 
 
 def stored(spec, ragged=True, **options):

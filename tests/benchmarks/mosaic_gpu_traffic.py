@@ -9,7 +9,6 @@ Needed: the tokens that some query sees, queries and results. Wants JAX 0.12.
 
 import collections
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -19,7 +18,7 @@ from lucid_jax.attention.gpu import kernel
 from lucid_jax.attention.gpu.backend import MosaicGPU
 from lucid_jax.attention.gpu.plan import SLOTS, TILE
 from lucid_jax.attention.gpu.seen import Between
-from tests.benchmarks.pallas_tpu_traffic import CASES, CODECS, filled, print_table
+from tests.benchmarks.pallas_tpu_traffic import CASES, CODECS, attend_through, print_table
 
 FULL = (
     ("full, 32768 slots", 1, 8, 4, 1, lj.Static(32768), 32768, {}),
@@ -63,14 +62,7 @@ def traffic(rows, heads, group, count, spec, lengths, options) -> tuple[int, int
         lead = rows, heads, plan.splits, plan.rows
         return jnp.zeros(lead), jnp.ones(lead), jnp.zeros((*lead, plan.value.form.dim))
 
-    own, kernel.softmax = kernel.softmax, count_bytes
-    try:
-        query = jnp.zeros((rows, heads * group, count, 128), jnp.bfloat16)
-        with jax.disable_jit():
-            state = filled(rows, heads, spec, lengths)
-            lj.attend(state, query, 0, implementation="counted", **options)
-    finally:
-        kernel.softmax = own
+    attend_through(kernel, count_bytes, rows, heads, group, count, spec, lengths, options)
     least = rows * heads * group * count * 128 * 2 * 2
     return found["moved"] + least // 2, found["needed"] + least
 

@@ -52,6 +52,18 @@ def filled(rows, heads, spec, lengths):
     return state.with_layers([layer.replace(position=at, reach=at)])
 
 
+def attend_through(kernel, count_bytes, rows, heads, group, count, spec, lengths, options) -> None:
+    """`attend` of one layer by the backend "counted", with `count_bytes` in place of its kernel."""
+    own, kernel.softmax = kernel.softmax, count_bytes
+    try:
+        query = jnp.zeros((rows, heads * group, count, 128), jnp.bfloat16)
+        with jax.disable_jit():
+            state = filled(rows, heads, spec, lengths)
+            lj.attend(state, query, 0, implementation="counted", **options)
+    finally:
+        kernel.softmax = own
+
+
 def traffic(rows, heads, group, count, spec, lengths, options) -> tuple[int, int]:
     """Bytes moved and needed by `attend` of one layer."""
     found = collections.Counter()
@@ -90,14 +102,7 @@ def traffic(rows, heads, group, count, spec, lengths, options) -> tuple[int, int
             some = jnp.any((at >= first) & (at < stop), axis=1)
         return int(some.sum()) * rows // len(some)
 
-    own, kernel.softmax = kernel.softmax, count_bytes
-    try:
-        query = jnp.zeros((rows, heads * group, count, 128), jnp.bfloat16)
-        with jax.disable_jit():
-            state = filled(rows, heads, spec, lengths)
-            lj.attend(state, query, 0, implementation="counted", **options)
-    finally:
-        kernel.softmax = own
+    attend_through(kernel, count_bytes, rows, heads, group, count, spec, lengths, options)
     least = rows * heads * group * count * 128 * 2 * 2
     return found["moved"], found["needed"] + least
 
