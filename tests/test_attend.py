@@ -218,12 +218,30 @@ def test_masks_and_biases_broadcast(form, ragged):
         both.check(3, bias=bias)
 
 
+@pytest.mark.parametrize("capacity", [597, 600])
 @pytest.mark.parametrize("form", ["C", "BNTC"])
-def test_masks_and_biases_are_cut_into_blocks(form):
-    """The slot axis lines up when it is longer than a block and not a multiple of it."""
+def test_masks_and_biases_are_cut_into_blocks(form, capacity):
+    """The slot axis lines up when it is longer than a block and not a multiple of it, nor of tiles."""
     rng = np.random.default_rng(0)
-    both = Both(600).update(580)
-    both.check(2, mask=_of_form(form, 600, 2, rng) > 0, bias=_of_form(form, 600, 2, rng))
+    both = Both(capacity).update(capacity - 1)
+    mask, bias = _of_form(form, capacity, 2, rng) > 0, _of_form(form, capacity, 2, rng)
+    both.check(2, mask=mask, bias=bias)
+
+
+def test_the_gradient_of_a_bias_has_its_shape():
+    """Where there are more slots than the capacity, of which it says nothing."""
+    state, *_ = filled(12, lj.Static(13))
+    rng = np.random.default_rng(0)
+    bias = _of_form("BNTC", 13, 2, rng)
+
+    def loss(bias, implementation):
+        query = queries(0, B, 2)
+        return jnp.sum(lj.attend(state, query, 0, bias=bias, implementation=implementation) ** 2)
+
+    got, expected = (jax.grad(loss)(bias, backend) for backend in ("walk", "dense"))
+    assert got.shape == bias.shape
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+    assert np.asarray(got[..., :11]).all() and not np.asarray(got[..., 12:]).any()
 
 
 def test_a_bias_of_minus_infinity_hides():

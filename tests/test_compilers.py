@@ -10,9 +10,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+import lucid_jax as lj
 from lucid_jax.tools import inspect, targets
 from tests.device_steps import (
     CASES,
+    CODECS,
     FACTORS,
     KNOWN,
     KNOWN_LOOPS,
@@ -47,6 +49,25 @@ def test_a_step_is_in_place(case):
         assert report.aliased >= report.donated
     elif faults(report):
         pytest.xfail(reason)
+
+
+@pytest.mark.parametrize("codec", ["plain", "int8", "int4"])
+@pytest.mark.parametrize("layout", [lj.Static, lj.Sliding, lj.Chunked])
+def test_any_number_of_slots_is_read_where_it_lies(layout, codec):
+    """Rows of 16,385 tokens: XLA for TPUs copied them whole to read them."""
+    state = jax.eval_shape(
+        lambda: lj.init_cache(
+            layout(16385, codec=CODECS[codec]), num_layers=1, batch_size=2, num_kv_heads=8,
+            head_dim=128, dtype=jnp.bfloat16,
+        )
+    )  # fmt: skip
+    tokens = jax.ShapeDtypeStruct((2, 8, 1, 128), jnp.bfloat16)
+
+    def step(state, tokens):
+        return lj.extend(state, tokens, tokens, tokens, 0)
+
+    report = inspect(step, state, tokens, donate=0, target="tpu:v5e")
+    assert not report.faults(), report
 
 
 @pytest.mark.parametrize("target", LOOP_TARGETS)

@@ -136,6 +136,25 @@ def test_files_of_version_1_still_load(tmp_path, dtype):
     assert key.dtype == dtype
 
 
+@pytest.mark.parametrize("codec", ["identity", "int4", "kivi"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_files_of_slots_in_no_whole_tiles_still_load(tmp_path, layout, codec):
+    """As older versions wrote them: with the slots that the layout asks for, and no others."""
+    state = make(LAYOUTS[layout](CODECS[codec]), ragged=True)
+    state = lj.update(state, *tokens(0, 2, 6), 0)
+    (layer,) = state.layers
+
+    def cut(leaf):
+        return leaf[:, :, : layer.layout.slots // layer.stride(leaf)]
+
+    older = state.with_layers([layer.replace(leaves=jax.tree.map(cut, layer.leaves))])
+    assert older.layers[0].num_slots == layer.layout.slots
+    save(tmp_path / "state", older)
+    loaded = load(tmp_path / "state")
+    assert_equal(loaded, state)
+    assert_goes_on(loaded, older)
+
+
 def test_prompts_of_version_1_still_load(monkeypatch):
     """Also where decoders now store bits."""
     monkeypatch.setattr(prompt_files, "_model_digest", lambda model: about["model"])

@@ -25,7 +25,7 @@ SPECS = [
         (lj.Static(2**31), {}, f"{2**31} token slots"),
         (lj.Static(2**62, codec=KIVI), {}, "token slots"),
         (lj.Sliding(2**31), {}, "token slots"),
-        (lj.Sliding(MOST, sinks=4), {}, f"{2**31 + 3} token slots"),
+        (lj.Sliding(MOST, sinks=4), {}, f"{2**31 + 8} token slots"),
         (lj.Static(4), {"batch": 2**40}, "batch_size must fit int32"),
         (lj.Static(4), {"heads": 2**40}, "num_kv_heads must fit int32"),
         (lj.Static(4), {"dim": 2**40}, " head_dim must fit int32|^head_dim must fit int32"),

@@ -87,14 +87,21 @@ def _over(
     mask = Mask(
         position=with_padding(position, None if counts is None else jnp.asarray(counts)),
         sights=tuple(sights(layer, position, options.scores.rope is not None)),
-        visible=options.visible,
-        bias=options.bias,
+        visible=_by_slot(options.visible, found[0]),
+        bias=_by_slot(options.bias, found[0]),
         num_kv_heads=layer.num_kv_heads,
         causal=options.causal,
         window=options.window,
     )
     out, lse = first_that_takes(options.backends, query, found, mask, options.scores)
     return out.astype(_any_of(query).dtype), lse
+
+
+def _by_slot(x: jax.Array | None, slot_run: SlotRun) -> jax.Array | None:
+    """A mask or bias by index, with entries for slots past the capacity where indices are slots."""
+    if x is None or x.shape[-1] == 1 or not slot_run.in_order:
+        return x
+    return jnp.pad(x, [(0, 0)] * 3 + [(0, slot_run.size - x.shape[-1])])
 
 
 def check_answers(layer: TokenLayer, queries: Any, window: int | None, traced: bool) -> None:

@@ -241,7 +241,7 @@ def _write_runs_around(
     layer: TokenLayer, chunk: Chunk, width: int, leaf: jax.Array, tokens: jax.Array
 ) -> jax.Array:
     """Windows of all rows: one where the chunk begins, and one where it goes on if it wraps."""
-    slots, pinned = layer.num_slots, layer.layout.pinned
+    slots, pinned = layer.layout.slots, layer.layout.pinned
     size, first = min(width, slots), layer.slot_of(chunk.first)
     # The slots where runs of the chunk begin, and the token that comes first there.
     runs = [(first, jnp.int32(0)), (jnp.int32(pinned), slots - first)]

@@ -13,6 +13,7 @@ from lucid_jax.cache.allocation import check_dims
 from lucid_jax.cache.buffers import Rows
 from lucid_jax.cache.codecs import Form, check_dtype
 from lucid_jax.cache.packing import Packing
+from lucid_jax.cache.tiles import in_tiles
 from lucid_jax.cache.tokens import POSITIONS, TokenLayer
 
 if TYPE_CHECKING:
@@ -30,7 +31,8 @@ def empty_layer(
 ) -> TokenLayer:
     """An empty layer: `LayerSpec.init`."""
     layout = spec.layout()
-    check_dims(spec, layout.slots, dict(dims), batch_size=batch_size, num_kv_heads=num_kv_heads)
+    slots = in_tiles(layout.slots, spec.codec.unit)
+    check_dims(spec, slots, dict(dims), batch_size=batch_size, num_kv_heads=num_kv_heads)
     check_dtype(dtype, spec.codec)
     if spec.track and spec.codec.unit > 1:
         raise ValueError(
@@ -52,11 +54,13 @@ def _empty(
         # Each leaf gets its own zeros: a buffer shared by two leaves could not be donated.
         return {name: form.empty(batch_size, heads, slots) for name, form in forms.items()}
 
-    leaves, last, codec = zeros(packing.forms, layout.slots), None, packing.codec
+    codec = packing.codec
+    slots = in_tiles(layout.slots, codec.unit)
+    leaves, last = zeros(packing.forms, slots), None
     if codec.tail:
         last = zeros(packing.raw_forms, 2 * codec.tail + codec.unit)
     if spec.track:
-        leaves[POSITIONS] = jnp.full((batch_size, heads, layout.slots), -1, jnp.int32)
+        leaves[POSITIONS] = jnp.full((batch_size, heads, slots), -1, jnp.int32)
     return TokenLayer(
         leaves=leaves,
         tail=last,

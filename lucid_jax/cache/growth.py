@@ -11,6 +11,7 @@ from jax import lax
 
 from lucid_jax.cache.allocation import check_dims, refusing
 from lucid_jax.cache.sharding import in_auto_axes
+from lucid_jax.cache.tiles import in_tiles
 from lucid_jax.cache.tokens import TokenLayer
 
 if TYPE_CHECKING:
@@ -34,9 +35,16 @@ def enlarged(layer: TokenLayer, capacity: int) -> TokenLayer:
     return _with_layout(layer, spec.layout()).replace(spec=spec)
 
 
+def in_whole_tiles(layer: TokenLayer) -> TokenLayer:
+    """This layer with the slots that a new one has, if it is of a version that gave it fewer."""
+    whole = layer.num_slots == in_tiles(layer.layout.slots, layer.packing.codec.unit)
+    return layer if whole else _with_layout(layer, layer.layout)
+
+
 def _with_layout(layer: TokenLayer, layout: Layout) -> TokenLayer:
-    nbytes = sum(x.nbytes for x in jax.tree.leaves(layer)) // layer.num_slots * layout.slots
-    check_dims(layer.spec, layout.slots)
+    slots = in_tiles(layout.slots, layer.packing.codec.unit)
+    nbytes = sum(x.nbytes for x in jax.tree.leaves(layer)) // layer.num_slots * slots
+    check_dims(layer.spec, slots)
     with refusing(f"room for {layout.capacity} tokens in each row of {layer.spec}", nbytes):
         wider: TokenLayer = _widened(layer, layout)
         return wider
@@ -46,7 +54,7 @@ def _with_layout(layer: TokenLayer, layout: Layout) -> TokenLayer:
 @in_auto_axes
 def _widened(layer: TokenLayer, layout: Layout) -> TokenLayer:
     """The layer with more slots. All is copied: the result may be donated while `layer` lives on."""
-    added = layout.slots - layer.num_slots
+    added = in_tiles(layout.slots, layer.packing.codec.unit) - layer.num_slots
 
     def pad(leaf: jax.Array) -> jax.Array:
         widen = [(0, 0, 0)] * leaf.ndim

@@ -323,8 +323,12 @@ def slot_run_of(
 def tokens(layer: TokenLayer) -> Tokens:
     """Each leaf decoded, oldest first, (B, H, C, D); what is not live may be anything."""
     packing, buffer = layer.packing, layer.buffer
-    if layer.in_order and layer.num_slots == layer.capacity:
-        return decoded(packing.forms, jax.tree.map(buffer.own, layer.stored))
+    if layer.in_order:
+
+        def own(leaf: jax.Array) -> jax.Array:
+            return buffer.own(leaf)[:, :, : layer.capacity]
+
+        return decoded(packing.forms, jax.tree.map(own, layer.stored))
     position = layer.position_of(span(jnp.zeros_like(layer.position), layer.capacity))
     slot = layer.slot_of(position)
     found = {

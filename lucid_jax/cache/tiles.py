@@ -14,6 +14,20 @@ LANES = 128  # numbers side by side in a register of a TPU
 ROWS = 8  # registers are so many rows of them
 
 
+def in_tiles(slots: int, group: int = 1) -> int:
+    """So many slots, rounded up to whole rows of tiles, and to whole groups of a codec.
+
+    XLA for TPUs lays any other number of them out with another axis in their place, and copies the
+    array whole when it is to be read by slots.
+
+    Example:
+        >>> in_tiles(13), in_tiles(13, group=12)
+        (16, 24)
+    """
+    unit = math.lcm(ROWS, group)
+    return math.ceil(slots / unit) * unit
+
+
 def lies_on_lanes(width: int, slots: int) -> bool:
     """Whether tokens, rather than their numbers, lie along a TPU's lanes: where that pads less.
 

@@ -17,10 +17,8 @@ import numpy as np
 from lucid_jax.cache import verbs
 from lucid_jax.cache.allocation import INT32_MAX, check_memory
 from lucid_jax.cache.growth import enlarged
-from lucid_jax.cache.layouts.base import whole
 from lucid_jax.cache.sharding import divided_as_rows, in_auto_axes
 from lucid_jax.cache.state import CacheState
-from lucid_jax.cache.tiles import ROWS
 from lucid_jax.decode.language_model import LanguageModel, ModelStructure
 from lucid_jax.decode.options import DecodeOptions
 from lucid_jax.decode.prompts import power_of_two
@@ -91,8 +89,7 @@ def open_cache(
             `prefill_chunk` and `sharding`.
         lengths: int [B], tokens of each row's prompt.
         spare: slots needed beyond those, as by the branches of a tree of drafts.
-        slack: tokens that may be taken back, which the model's own windows then leave room for: for so
-            many that their slots stay multiples of eight, or XLA for TPUs copies them to be read.
+        slack: tokens that may be taken back, which the model's own windows then leave room for.
 
     Returns:
         The cache, and the capacity that its static layers must have for the new tokens. By default
@@ -113,7 +110,7 @@ def open_cache(
             "int32 can count; lower max_new_tokens"
         )
     # Asked for in any case: it refuses what the model cannot read.
-    own = model.cache_spec(need - spare, slack=whole(slack, ROWS))
+    own = model.cache_spec(need - spare, slack=slack)
     if cache is None:
         apart = better_apart(lengths, options.prefill_chunk)
         room = room_for(need if apart else longest)

@@ -18,7 +18,7 @@ import numpy as np
 from lucid_jax.cache import evict
 from lucid_jax.cache.axes import ORDERS, STORED
 from lucid_jax.cache.codecs import CODECS, Codec
-from lucid_jax.cache.growth import with_room
+from lucid_jax.cache.growth import shortened, with_room
 from lucid_jax.cache.layouts import LAYOUTS
 from lucid_jax.cache.state import CacheState
 from lucid_jax.cache.tokens import POSITIONS, TokenLayer
@@ -187,6 +187,8 @@ def _empty_layer(description: Any, batch_size: int, ragged: bool, room: int) -> 
         )  # fmt: skip
         if spec.growable:
             layer = _grown(layer, slots)
+        if slots == layer.layout.slots < layer.num_slots:  # an older version's, not in whole tiles
+            layer = shortened(layer, layer.layout)
         if tracked and evict.can_evict(layer):
             layer = evict.tracked(layer)
         return layer
@@ -224,8 +226,8 @@ def _unrotated(codec: Any) -> Any:
 
 def _grown(layer: TokenLayer, slots: int) -> TokenLayer:
     """The layer as growth makes it, with `slots` slots if they are a number that growth gives."""
-    capacity = slots - (layer.num_slots - layer.capacity)
-    # Growth takes powers of two, and a codec rounds those up to whole groups of tokens.
+    capacity = slots - (layer.layout.slots - layer.capacity)
+    # Growth takes powers of two; those are rounded up to whole groups of a codec, and to whole tiles.
     room = with_room(layer, 1 << max(capacity.bit_length() - 1, 0))
     assert room is not None
     return room

@@ -17,6 +17,7 @@ import numpy as np
 
 from lucid_jax.cache.argument_checks import check_alive, is_traced
 from lucid_jax.cache.codecs import bits_dtype
+from lucid_jax.cache.growth import in_whole_tiles
 from lucid_jax.cache.introspection import nbytes
 from lucid_jax.cache.stacking import apart, together
 from lucid_jax.cache.state import CacheState
@@ -124,7 +125,8 @@ def load(path: str | os.PathLike[str]) -> CacheState:
         fix = error.fix or "the file is damaged or was edited: save it again"
         raise CacheFileError(f"cannot load {source}: {error}; {fix}") from None
     # A copy: JAX may alias a NumPy array, and could not write to it when it is donated.
-    return jax.tree.map(jnp.array, host)
+    state: CacheState = jax.tree.map(jnp.array, host)
+    return state.with_layers(map(in_whole_tiles, state.layers))
 
 
 def _read(source: Path) -> CacheState:

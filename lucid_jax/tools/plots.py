@@ -86,7 +86,8 @@ def _bands(index: int, layer: TokenLayer, row: int) -> list[_Band]:
 @jax.jit
 def _positions(layer: TokenLayer) -> list[jax.Array]:
     """Of each part, the positions its slots hold, -1 if dead: int32 [S], [B, S] or [B, H, S]."""
-    return [slot_run.positions(jnp.int32(0), slot_run.size) for slot_run in slot_runs(layer)]
+    parts = slot_runs(layer)
+    return [part.positions(jnp.int32(0), part.slots.layout.slots) for part in parts]
 
 
 def _of_row(positions: jax.Array, row: int) -> np.ndarray:

@@ -25,7 +25,7 @@ class Layout(Protocol):
 
     @property
     def slots(self) -> int:
-        """Physical slots of a row."""
+        """Slots of a row that positions live in. Leaves may have a few more, see `tiles.in_tiles`."""
         ...
 
     @property

@@ -53,8 +53,7 @@ class Static(LayerSpec):
     """A fixed number of slots: `Static(2048)` holds 2048 tokens and refuses the next.
 
     Attributes:
-        capacity: tokens a row can hold, at least 1. On TPUs one that is no multiple of 8 is copied
-            whole to be attended to.
+        capacity: tokens a row can hold, at least 1.
         codec: how they are stored.
         track: keep each token's position beside it, from the start. `compact` needs that and adds it;
             a loop that compacts in its body must carry it from the beginning.

@@ -59,8 +59,7 @@ class Sliding(LayerSpec):
         sinks: first tokens kept for ever.
         slack: further slots, so that up to `slack` tokens can be rolled back, and chunks of up to
             `slack + 1` tokens attended to after `update`, once the ring has wrapped. (`extend` takes
-            chunks of any length.) On TPUs sinks, window and slack are to be a multiple of 8 together,
-            or all slots are copied to be attended to.
+            chunks of any length.)
         codec: how tokens are stored.
     """
 
