@@ -303,7 +303,9 @@ def _loop(sampling, target, codec, **of_model):
 
 
 def _cache(model, codec, rows=_PROMPTS):
-    spec = lj.Static(SLOTS[codec], CODECS[codec])
+    """Of narrow heads more slots: leaves are as large."""
+    slots = SLOTS[codec] * -(-DIM // model.config.head_dim)
+    spec = lj.Static(slots, CODECS[codec])
     return jax.eval_shape(lambda: model.init_cache(spec, rows, ragged=True))
 
 
@@ -314,8 +316,8 @@ def _large(cache):
     return max(leaves) // (2 * (len(layer.position) if layer.stacked else 1))
 
 
-def _beams(history, target, codec):
-    model, width = _model(), 4
+def _beams(history, target, codec, **of_model):
+    model, width = _model(**of_model), 4
     structure, params = split(model)
     setup = SearchSetup(structure, width, history)
     cache = _cache(model, codec, _PROMPTS if history == "tree" else _PROMPTS * width)
@@ -331,8 +333,8 @@ def _beams(history, target, codec):
     )  # fmt: skip
 
 
-def _drafts(target, codec):
-    model = _model()
+def _drafts(target, codec, **of_model):
+    model = _model(**of_model)
     structure, params = split(model)
     setup = SpeculationSetup(structure, ModelDrafter(structure, 4), Sampling(), (2,))
     caches = (_cache(model, codec), _cache(model, codec))
@@ -362,7 +364,14 @@ LOOPS = {
     "tree of beams": lambda *to: _beams("tree", *to),
     "reordered beams": lambda *to: _beams("reorder", *to),
     "drafts": _drafts,
+    "tree of beams, heads of 64": lambda *to: _beams("tree", *to, dim=64),
+    "drafts, heads of 64": lambda *to: _drafts(*to, dim=64),
 }
 KNOWN_LOOPS = {
     ("tree of beams", "gpu:h100"): "float32 scores of all slots, of four beams to a row",
+    (
+        "tree of beams, heads of 64",
+        "gpu:h100",
+    ): "float32 scores of all slots, of four beams to a row",
+    ("drafts, heads of 64", "gpu:h100"): "float32 scores of all slots, of five tokens to a row",
 }
