@@ -8,10 +8,13 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import lucid_jax as lj
 from lucid_jax.attention.gpu.backend import JAX
+from lucid_jax.cache.counting import counted_together
+from lucid_jax.models import ModelConfig, Transformer, transformer
 from lucid_jax.tools import inspect, targets
 from lucid_jax.tools.program_text import read_program
 from tests.kernels import CALLS, compiled, moved, some_of
@@ -108,8 +111,8 @@ def test_any_number_of_slots(spec, dim):
     assert not moved(read_program(text).computations.values(), leaf // 2)
 
 
-def _state(spec, **options):
-    sizes = dict(num_layers=1, batch_size=8, num_kv_heads=8, head_dim=128, dtype=jnp.bfloat16)
+def _state(spec, layers=1, **options):
+    sizes = dict(num_layers=layers, batch_size=8, num_kv_heads=8, head_dim=128, dtype=jnp.bfloat16)
     return jax.eval_shape(lambda: lj.init_cache(spec, **sizes, **options))
 
 
@@ -140,6 +143,60 @@ def test_launches_of_a_step(codec, attend, update, ragged):
         "attend": attend, "update": update, "extend": attend + update,
     }  # fmt: skip
     assert not reports["extend"].faults()
+
+
+@pytest.mark.parametrize("ragged", [False, True], ids=["aligned", "ragged"])
+@pytest.mark.parametrize("spec", [lj.Static(8192), lj.Sliding(8192)], ids=["static", "ring"])
+@pytest.mark.parametrize("loop", [False, True], ids=["once", "in a loop"])
+def test_launches_of_a_layer_of_several(spec, ragged, loop):
+    """Four, in a ring one more: the counters of all layers are one kernel, also in a loop's body."""
+    new = jax.ShapeDtypeStruct((8, 8, 1, 128), jnp.bfloat16)
+    query = jax.ShapeDtypeStruct((8, 32, 1, 128), jnp.bfloat16)
+    turns = 10 if loop else 1
+
+    def step(_, carry):
+        query, key, value, state = carry
+        state = counted_together(state, None)
+        for layer in range(len(state.layers)):
+            query, state = lj.extend(state, query, key, value, layer)
+        return query, key, value, state
+
+    def run(state, query, key, value):
+        carry = query, key, value, state
+        query, *_, state = jax.lax.fori_loop(0, 10, step, carry) if loop else step(0, carry)
+        return query, state
+
+    launches = {}
+    for layers in (2, 4):
+        state = _state(spec, layers, ragged=ragged)
+        report = inspect(run, state, query, new, new, donate=0, target=TARGET)
+        assert not report.faults()
+        launches[layers] = report.launches
+    assert launches[4] - launches[2] == 2 * turns * (4 if isinstance(spec, lj.Static) else 5)
+
+
+@pytest.mark.parametrize("ragged", [False, True], ids=["aligned", "ragged"])
+def test_a_model_counts_for_all_of_its_layers(ragged, monkeypatch):
+    """A layer of it takes a kernel less than where each is counted by itself."""
+
+    def launches(layers):
+        config = ModelConfig(
+            vocab_size=512, hidden_size=1024, intermediate_size=1024, num_hidden_layers=layers,
+            num_attention_heads=16, num_key_value_heads=8, head_dim=128,
+        )  # fmt: skip
+        model = nnx.eval_shape(lambda: Transformer(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+        structure, params = nnx.split(model)
+        report = inspect(
+            lambda state, params, token: nnx.merge(structure, params)(token, state),
+            _state(lj.Static(8192), layers, ragged=ragged), params,
+            jax.ShapeDtypeStruct((8, 1), jnp.int32), donate=0, target=TARGET,
+        )  # fmt: skip
+        assert not report.faults()
+        return report.launches
+
+    together = launches(4) - launches(2)
+    monkeypatch.setattr(transformer, "counted_together", lambda state, lengths: state)
+    assert together == launches(4) - launches(2) - 2
 
 
 @pytest.mark.parametrize("way", ["mapped", "x64"])

@@ -18,6 +18,7 @@ from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
 
 from lucid_jax.cache.codecs import PLAIN, Codec, default_codec
+from lucid_jax.cache.counting import counted_together
 from lucid_jax.cache.creation import init_cache
 from lucid_jax.cache.encoder_decoder import EncoderDecoderState
 from lucid_jax.cache.layouts.base import LayerSpec
@@ -179,6 +180,8 @@ class T5(nnx.Module):
                 "positions= need mask=: T5 counts distances along the tokens that each token sees"
             )
         tree = mask if positions is not None else None
+        if state.decoder is not None:
+            state = state.replace(decoder=counted_together(state.decoder, lengths))
         biases: dict[Any, jax.Array] = {}  # layers of one kind store the same tokens
         hidden = self.shared(tokens)
         for index, block in enumerate(self.decoder.block):

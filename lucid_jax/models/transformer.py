@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 
 from lucid_jax.cache.argument_checks import check_count
 from lucid_jax.cache.codecs import PLAIN, Codec
+from lucid_jax.cache.counting import counted_together
 from lucid_jax.cache.creation import init_cache
 from lucid_jax.cache.layouts.base import LayerSpec
 from lucid_jax.cache.layouts.contiguous import Static
@@ -152,6 +153,8 @@ class Transformer(nnx.Module):
         if self.config.family.scaled_embeddings:
             # Gemma rounds the factor to the dtype it computes in.
             hidden = hidden * jnp.asarray(math.sqrt(self.config.hidden_size), hidden.dtype)
+        if isinstance(cache, CacheState):
+            cache = counted_together(cache, lengths)
         if positions is None and not self.rope_by_place:
             # Once for all layers, which all get the same tokens.
             positions = next_positions(cache, tokens.shape[1], lengths=lengths)
