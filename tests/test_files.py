@@ -115,6 +115,15 @@ def test_life_goes_on(tmp_path, layout, count, codec, ragged):
     assert_goes_on(loaded, state)
 
 
+@pytest.mark.parametrize("group, count", [(3, 65), (23, 10), (100, 65), (127, 129), (128, 100)])
+def test_layers_grown_by_large_or_odd_groups_come_back(tmp_path, group, count):
+    """Of one capacity and another they may have as many slots, rounded up to groups and to tiles."""
+    state = make(lj.Dynamic(codec=lj.codecs.KIVI(group=group, residual=4)))
+    state = lj.update(state, *tokens(0, 2, count), 0)
+    save(tmp_path / "state", state)
+    assert_equal(load(tmp_path / "state"), state)
+
+
 V1 = Path(__file__).parent / "fixtures" / "files_v1"
 
 

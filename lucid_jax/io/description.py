@@ -19,7 +19,7 @@ from lucid_jax.cache import evict
 from lucid_jax.cache.axes import ORDERS, STORED
 from lucid_jax.cache.codecs import CODECS, Codec
 from lucid_jax.cache.growth import shortened, with_room
-from lucid_jax.cache.layouts import LAYOUTS
+from lucid_jax.cache.layouts import LAYOUTS, LayerSpec
 from lucid_jax.cache.state import CacheState
 from lucid_jax.cache.tokens import POSITIONS, TokenLayer
 from lucid_jax.io import checked_file
@@ -53,6 +53,7 @@ def describe(state: CacheState) -> dict[str, Any]:
                 "slots": layer.num_slots,
                 "tracked": layer.tracked,
                 **_names(layer),
+                **_room(layer),
             }
             for layer in _each_stored(state)
         ],
@@ -75,6 +76,22 @@ def _names(layer: TokenLayer) -> dict[str, Any]:
     if [name for name, _ in dims] == ["key", "value"]:
         return {}
     return {"leaves": [list(pair) for pair in dims]}
+
+
+def _room(layer: TokenLayer) -> dict[str, Any]:
+    """The capacity that a layer has grown to, where its slots do not tell."""
+    told = not layer.spec.growable or layer.capacity == _told_capacity(layer.spec, layer.num_slots)
+    return {} if told else {"capacity": layer.capacity}
+
+
+def _told_capacity(spec: LayerSpec, slots: int) -> int:
+    """What so many slots tell of a capacity: growth takes powers of two, and then rounds slots up.
+
+    A codec of large groups rounds by more than the capacity; then it is named in the description.
+    """
+    layout = spec.layout()
+    most = slots - (layout.slots - layout.capacity)
+    return max(layout.capacity, 1 << max(most.bit_length() - 1, 0))
 
 
 def _described(value: Any, known: Mapping[str, Any]) -> dict[str, Any]:
@@ -152,10 +169,13 @@ def empty_state(description: Any, room: int) -> CacheState:
 
 
 def _empty_layer(description: Any, batch_size: int, ragged: bool, room: int) -> TokenLayer:
-    leaves = None
+    leaves = named = None
     if isinstance(description, dict) and "leaves" in description:
         description = dict(description)
         leaves = description.pop("leaves")
+    if isinstance(description, dict) and "capacity" in description:
+        description = dict(description)
+        named = _count(description.pop("capacity"), "capacity", least=1)
     fields = _fields(description, _LAYER_KEYS, "a layer")
     spec = _made(fields["spec"], LAYOUTS, "spec")
     num_kv_heads, head_dim, value_head_dim, slots = (
@@ -173,6 +193,8 @@ def _empty_layer(description: Any, batch_size: int, ragged: bool, room: int) -> 
             f"its tokens are {dtype}, which JAX offers only with 64 bits enabled",
             'call jax.config.update("jax_enable_x64", True) first',
         )
+    if named is not None and not spec.growable:
+        raise Mismatch(f"expected a capacity to be named of layers that grow, got {short(spec)}")
     # No codec takes less than four bits a number.
     if batch_size * num_kv_heads * slots * max(dim for _, dim in dims) > 2 * room:
         raise Mismatch(
@@ -186,7 +208,7 @@ def _empty_layer(description: Any, batch_size: int, ragged: bool, room: int) -> 
             batch_size=batch_size, num_kv_heads=num_kv_heads, dims=dims, dtype=dtype, ragged=ragged,
         )  # fmt: skip
         if spec.growable:
-            layer = _grown(layer, slots)
+            layer = _grown(layer, named or _told_capacity(spec, slots))
         if slots == layer.layout.slots < layer.num_slots:  # an older version's, not in whole tiles
             layer = shortened(layer, layer.layout)
         if tracked and evict.can_evict(layer):
@@ -224,11 +246,9 @@ def _unrotated(codec: Any) -> Any:
     return dataclasses.replace(codec, **changes)
 
 
-def _grown(layer: TokenLayer, slots: int) -> TokenLayer:
-    """The layer as growth makes it, with `slots` slots if they are a number that growth gives."""
-    capacity = slots - (layer.layout.slots - layer.capacity)
-    # Growth takes powers of two; those are rounded up to whole groups of a codec, and to whole tiles.
-    room = with_room(layer, 1 << max(capacity.bit_length() - 1, 0))
+def _grown(layer: TokenLayer, capacity: int) -> TokenLayer:
+    """The layer as growth makes it."""
+    room = with_room(layer, capacity)
     assert room is not None
     return room
 
