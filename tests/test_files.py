@@ -473,7 +473,7 @@ NONE = {"class": "Identity"}
 KIVI = {"class": "KIVI", "group": 2, "residual": 2, "channels": 4, "rotate": False}
 DYNAMIC = {"class": "Dynamic", "track": True, "codec": NONE}
 EDITS = [
-    (spec(capacity=9), "expected 9 slots"),
+    (spec(capacity=9), "expected 16 slots"),
     (lambda config: layer(slots=9)(spec(capacity=9)(config)), r"be I8 \(2, 2, 9, 4\)"),
     (spec(codec=NONE), "tensors are not those"),
     (spec(codec={"class": "Float8", "rotate": False}), "key.codes to be U8"),
