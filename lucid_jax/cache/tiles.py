@@ -18,13 +18,15 @@ def in_tiles(slots: int, group: int = 1) -> int:
     """So many slots, rounded up to whole rows of tiles, and to whole groups of a codec.
 
     XLA for TPUs lays any other number of them out with another axis in their place, and copies the
-    array whole when it is to be read by slots.
+    array whole when it is to be read by slots. Groups that go into no tiles, nor tiles into them, are
+    left at that: both are whole too seldom.
 
     Example:
-        >>> in_tiles(13), in_tiles(13, group=12)
-        (16, 24)
+        >>> in_tiles(13), in_tiles(13, group=4), in_tiles(13, group=12)
+        (16, 16, 24)
     """
-    unit = math.lcm(ROWS, group)
+    both = math.lcm(ROWS, group)
+    unit = both if both == max(ROWS, group) else group
     return math.ceil(slots / unit) * unit
 
 
