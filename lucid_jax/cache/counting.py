@@ -20,13 +20,11 @@ def counted_together(state: CacheState, lengths: Any) -> CacheState:
     their counters come from one array, so there positions, int32 [] or [B], are parts of one. With
     `lengths`, which every layer gets, they come from those.
     """
-    if lengths is not None:
-        return state
     positions = tuple(layer.position for layer in state.layers)
-    alike = len({jax.typeof(position) for position in positions}) == 1
-    if state.stacked or len(positions) == 1 or not alike or not is_traced(positions):
+    if lengths is not None or state.stacked or len(positions) == 1 or not is_traced(positions):
         return state
-    if any(map(divided_by_compiler, positions)):
+    alike = len({jax.typeof(position) for position in positions}) == 1
+    if not alike or any(map(divided_by_compiler, positions)):
         return state
 
     def of_one_array(*positions: jax.Array) -> tuple[jax.Array, ...]:

@@ -37,12 +37,17 @@ def enlarged(layer: TokenLayer, capacity: int) -> TokenLayer:
 
 def in_whole_tiles(layer: TokenLayer) -> TokenLayer:
     """This layer with the slots that a new one has, if it is of a version that gave it fewer."""
-    whole = layer.num_slots == in_tiles(layer.layout.slots, layer.packing.codec.unit)
+    whole = layer.num_slots == _slots_for(layer, layer.layout)
     return layer if whole else _with_layout(layer, layer.layout)
 
 
+def _slots_for(layer: TokenLayer, layout: Layout) -> int:
+    """How many slots a row of the layer has with a layout."""
+    return in_tiles(layout.slots, layer.packing.codec.unit)
+
+
 def _with_layout(layer: TokenLayer, layout: Layout) -> TokenLayer:
-    slots = in_tiles(layout.slots, layer.packing.codec.unit)
+    slots = _slots_for(layer, layout)
     nbytes = sum(x.nbytes for x in jax.tree.leaves(layer)) // layer.num_slots * slots
     check_dims(layer.spec, slots)
     with refusing(f"room for {layout.capacity} tokens in each row of {layer.spec}", nbytes):
@@ -54,7 +59,7 @@ def _with_layout(layer: TokenLayer, layout: Layout) -> TokenLayer:
 @in_auto_axes
 def _widened(layer: TokenLayer, layout: Layout) -> TokenLayer:
     """The layer with more slots. All is copied: the result may be donated while `layer` lives on."""
-    added = in_tiles(layout.slots, layer.packing.codec.unit) - layer.num_slots
+    added = _slots_for(layer, layout) - layer.num_slots
 
     def pad(leaf: jax.Array) -> jax.Array:
         widen = [(0, 0, 0)] * leaf.ndim

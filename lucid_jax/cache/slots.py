@@ -13,6 +13,16 @@ def span(begin: jax.Array, size: int) -> jax.Array:
     return begin[..., None] + lax.broadcasted_iota(jnp.int32, shape, begin.ndim)
 
 
+def whole(count: int, group: int) -> int:
+    """`count` slots rounded up to whole groups.
+
+    Example:
+        >>> whole(9, 4)
+        12
+    """
+    return -(-count // group) * group
+
+
 def along_slots(mask: jax.Array, leaf: jax.Array) -> jax.Array:
     """Shapes a mask [W] or [B, W] to broadcast against a (B, H, W, ...) leaf."""
     batch = mask.shape[0] if mask.ndim == 2 else 1

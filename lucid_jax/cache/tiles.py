@@ -10,6 +10,8 @@ from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AxisType
 
+from lucid_jax.cache.slots import whole
+
 LANES = 128  # numbers side by side in a register of a TPU
 ROWS = 8  # registers are so many rows of them
 
@@ -27,7 +29,7 @@ def in_tiles(slots: int, group: int = 1) -> int:
     """
     both = math.lcm(ROWS, group)
     unit = both if both == max(ROWS, group) else group
-    return math.ceil(slots / unit) * unit
+    return whole(slots, unit)
 
 
 def lies_on_lanes(width: int, slots: int) -> bool:

@@ -136,13 +136,3 @@ class LayerSpec(abc.ABC):
             self, batch_size=batch_size, num_kv_heads=num_kv_heads, dims=dims, dtype=dtype,
             ragged=ragged,
         )  # fmt: skip
-
-
-def whole(count: int, group: int) -> int:
-    """`count` slots rounded up to whole groups of a codec.
-
-    Example:
-        >>> whole(9, 4)
-        12
-    """
-    return -(-count // group) * group

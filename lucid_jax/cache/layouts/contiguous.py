@@ -13,7 +13,8 @@ import jax
 
 from lucid_jax.cache.argument_checks import check_count
 from lucid_jax.cache.codecs import PLAIN, Codec, check_codec
-from lucid_jax.cache.layouts.base import LayerSpec, Runs, whole
+from lucid_jax.cache.layouts.base import LayerSpec, Runs
+from lucid_jax.cache.slots import whole
 
 MIN_DYNAMIC_CAPACITY = 64
 

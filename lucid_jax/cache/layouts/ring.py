@@ -14,7 +14,8 @@ import jax.numpy as jnp
 
 from lucid_jax.cache.argument_checks import check_count
 from lucid_jax.cache.codecs import PLAIN, Codec, check_codec
-from lucid_jax.cache.layouts.base import LayerSpec, Runs, whole
+from lucid_jax.cache.layouts.base import LayerSpec, Runs
+from lucid_jax.cache.slots import whole
 
 
 @dataclasses.dataclass(frozen=True)
