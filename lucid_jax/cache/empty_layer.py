@@ -40,13 +40,19 @@ def empty_layer(
             f"{spec.codec} quantizes groups of tokens. Use Int4() or Int8()"
         )
     packing = Packing(spec.codec, jnp.dtype(dtype).name, dims)
-    layer: TokenLayer = _empty(spec, layout, packing, batch_size, num_kv_heads, ragged)
+    layer: TokenLayer = _empty(spec, layout, packing, slots, batch_size, num_kv_heads, ragged)
     return layer
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5, 6))
 def _empty(
-    spec: LayerSpec, layout: Layout, packing: Packing, batch_size: int, heads: int, ragged: bool
+    spec: LayerSpec,
+    layout: Layout,
+    packing: Packing,
+    slots: int,
+    batch_size: int,
+    heads: int,
+    ragged: bool,
 ) -> TokenLayer:
     counter = (batch_size,) if ragged else ()
 
@@ -55,7 +61,6 @@ def _empty(
         return {name: form.empty(batch_size, heads, slots) for name, form in forms.items()}
 
     codec = packing.codec
-    slots = in_tiles(layout.slots, codec.unit)
     leaves, last = zeros(packing.forms, slots), None
     if codec.tail:
         last = zeros(packing.raw_forms, 2 * codec.tail + codec.unit)

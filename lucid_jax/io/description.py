@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, get_type_hints
 
 import jax
@@ -169,20 +169,16 @@ def empty_state(description: Any, room: int) -> CacheState:
 
 
 def _empty_layer(description: Any, batch_size: int, ragged: bool, room: int) -> TokenLayer:
-    leaves = named = None
-    if isinstance(description, dict) and "leaves" in description:
-        description = dict(description)
-        leaves = description.pop("leaves")
-    if isinstance(description, dict) and "capacity" in description:
-        description = dict(description)
-        named = _count(description.pop("capacity"), "capacity", least=1)
-    fields = _fields(description, _LAYER_KEYS, "a layer")
+    fields = _fields(description, _LAYER_KEYS, "a layer", may={"leaves", "capacity"})
+    named = _count(fields["capacity"], "capacity", least=1) if "capacity" in fields else None
     spec = _made(fields["spec"], LAYOUTS, "spec")
     num_kv_heads, head_dim, value_head_dim, slots = (
         _count(fields[name], name, least=1)
         for name in ("num_kv_heads", "head_dim", "value_head_dim", "slots")
     )
-    dims = (("key", head_dim), ("value", value_head_dim)) if leaves is None else _dims(leaves)
+    dims: tuple[tuple[str, int], ...] = (("key", head_dim), ("value", value_head_dim))
+    if "leaves" in fields:
+        dims = _dims(fields["leaves"])
     dtype, tracked = fields["dtype"], _bool(fields["tracked"], "tracked")
     if not isinstance(dtype, str) or dtype not in _TOKENS:
         raise Mismatch(
@@ -282,8 +278,9 @@ def _made(description: Any, known: Mapping[str, Any], what: str) -> Any:
         raise Mismatch(f"its description of {name} is impossible: {error}") from None
 
 
-def _fields(value: Any, keys: set[str], what: str) -> dict[str, Any]:
-    if not isinstance(value, dict) or set(value) != keys:
+def _fields(value: Any, keys: set[str], what: str, may: Collection[str] = ()) -> dict[str, Any]:
+    """A description that has all keys, and those it may have."""
+    if not isinstance(value, dict) or set(value).difference(may) != keys:
         raise Mismatch(
             f"expected {what} to be described by {sorted(keys)}, got {short(value)}",
             "if a newer lucid_jax wrote it, update the package",
