@@ -25,13 +25,14 @@ TARGETS = [
     )
     for name in ("cpu", "tpu:v5e", "gpu:h100")
 ]
+(on_tpu,) = TARGETS[1].marks
 each_target = pytest.mark.parametrize("target", TARGETS)
 SLOTS, HEADS, DIM = 4096, 2, 128
 
 
-def _state(**options):
+def _state(slots=SLOTS, **options):
     sizes = {"num_layers": 1, "batch_size": 2, "num_kv_heads": HEADS, "head_dim": DIM}
-    return jax.eval_shape(lambda: lj.init_cache(lj.Static(SLOTS), **sizes | options))
+    return jax.eval_shape(lambda: lj.init_cache(lj.Static(slots), **sizes | options))
 
 
 def _tokens(heads=HEADS, count=1):
@@ -120,6 +121,42 @@ def test_copies_inside_loops_are_told(target):
     inside = [event for event in report.rewritten if event.in_loop]
     assert inside and {event.turns for event in inside} == {7}
     assert report.faults()
+
+
+def decode_loop(state, tokens):
+    def token(_, carry):
+        return decode(carry[1], tokens, tokens, tokens)
+
+    return jax.lax.fori_loop(0, 100, token, (tokens, state))
+
+
+def keep_the_old(state, tokens):
+    return state, decode(state, tokens, tokens, tokens)
+
+
+def turn_around(state, tokens):
+    def turn(_, leaf):
+        return jnp.roll(leaf, -1, axis=2).at[:, :, -1:].set(tokens)
+
+    return state.with_layers(
+        layer.replace(
+            leaves=layer.leaves | {"key": jax.lax.fori_loop(0, 100, turn, layer.leaves["key"])}
+        )
+        for layer in state.layers
+    )
+
+
+@on_tpu
+@pytest.mark.parametrize(
+    ("step", "copies"), [(decode_loop, False), (keep_the_old, True), (turn_around, True)]
+)
+def test_what_a_tpu_updates_in_its_fast_memory_is_no_copy(step, copies):
+    """Keys small enough for it go there and back; what is not updated in place there is told still."""
+    state = _state(num_layers=1, batch_size=1, head_dim=64, dtype=jnp.bfloat16, slots=512)
+    tokens = jax.ShapeDtypeStruct((1, HEADS, 1, 64), jnp.bfloat16)
+    report = inspect(step, state, tokens, donate=0, target="tpu:v5e")
+    assert re.search(r"bf16\S*\)\}, bf16\S*S\(1\)\}, \S+ copy-start\(", report.text)
+    assert bool(report.rewritten) == bool(report.faults()) == copies, report
 
 
 def _xla(target):

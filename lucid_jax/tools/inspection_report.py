@@ -36,7 +36,8 @@ class Inspection(Printed):
         read: bytes of arguments that must be read, see `inspect`.
         large: bytes from which on an array counted as large.
         rewritten: large arrays that are made by copying, converting or joining others, whole; those
-            that are not made of what was donated are no fault.
+            that are not made of what was donated are no fault. What a TPU takes to a faster memory,
+            updates there and puts back is not among them.
         collectives: what devices send to each other.
         host_calls: calls of Python, and transfers to or from the host.
         cycles: what the compiler estimates, on TPUs; None elsewhere.

@@ -218,6 +218,8 @@ class Moves:
         """What an instruction rewrites: how, what, and the frame that asks for it, or 0."""
         instruction = run.instruction
         opcode, shapes = instruction.opcode, instruction.shapes
+        if self._written_back(run):
+            return
         if opcode == "copy-start":  # of what it gives, the first is where to, the second where from
             shapes = shapes[:1]
         elif opcode in _NOT_RUN | _CONTROL | _IN_PLACE or opcode.endswith(("-start", "-done")):
@@ -244,6 +246,70 @@ class Moves:
                 told = sorted([*steps, instruction], key=lambda step: _rank(_word(step)))
                 frames = (step.frame_id for step in told if step.frame_id)
                 yield _word(told[0]), shape, next(frames, 0)
+
+    def _written_back(self, run: Run) -> bool:
+        """Whether an array only returns to its memory, from a faster one in which it was updated.
+
+        The compiler takes there for a while what fits. It is a copy all the same where the array as it
+        was is needed once more, or has memory that is not given away.
+        """
+        inside, made = run.inside, run.instruction
+        source = next(iter(inside.operands(made)), None)
+        if source is None or not _moves(made, source, into_fast=False):
+            return False
+        if source.opcode in ("copy-done", "copy"):  # nothing was updated
+            return False
+        origin = self._read_ahead(inside, source)
+        if origin is None or origin.name not in inside.instructions:
+            return False
+        given = origin.opcode == "parameter" and inside.name == self._program.entry
+        if given and int(origin.argument) not in self._program.reused:
+            return False
+        order = list(inside.instructions)  # as they run
+        so_far = order[: order.index(made.name)]
+        users = inside.users[origin.name]
+        return all(user.name in so_far and user.opcode not in _CARRIED for user in users)
+
+    def _read_ahead(
+        self, inside: Computation, made: Instruction, element: int | None = None
+    ) -> Instruction | None:
+        """The array that something in fast memory was in the main one, if it was only updated since.
+
+        Args:
+            inside: where it is made.
+            made: what makes it.
+            element: of a tuple, which one is meant.
+        """
+        operands, opcode = inside.operands(made), made.opcode
+        if opcode in ("copy-start", "copy"):
+            return operands[0] if _moves(made, operands[0], into_fast=True) else None
+        if opcode == "parameter":
+            if inside.name not in self._callers:
+                return None
+            inside, caller = self._callers[inside.name]
+            made = inside.operands(caller)[_operand_for(inside.name, caller, made)]
+        elif opcode == "get-tuple-element":
+            made, element = operands[0], int(made.attribute("index") or 0)
+        elif opcode == "tuple" and element is not None:
+            made, element = operands[element], None
+        elif opcode == "while":  # its body's result, which leads to what it starts from
+            inside = self._program.computations[made.attribute("body") or ""]
+            made = inside.instructions[inside.root]
+        elif opcode == "fusion":
+            body = self._program.computations[made.called[0]]
+            root = body.instructions[body.root]
+            if root.opcode == "tuple" and element is not None:
+                root = body.operands(root)[element]
+            steps = self._rewriting(body, root)
+            given = [step for step in steps if step.opcode == "parameter"]
+            if len(given) != 1 or {x.opcode for x in steps} - _CARRIED - _IN_PLACE - {"parameter"}:
+                return None
+            made, element = inside.instructions[made.operands[int(given[0].argument)]], None
+        elif opcode in _IN_PLACE | {"bitcast", "optimization-barrier", "copy-done"}:
+            made = operands[0]
+        else:
+            return None
+        return self._read_ahead(inside, made, element)
 
     def _rewriting(self, body: Computation, made: Instruction) -> list[Instruction]:
         """Within a fusion, the steps from its large parameters to a result, and those parameters.
@@ -342,6 +408,15 @@ class Moves:
         # A loop gives what it was given; of what is joined, the largest counts.
         largest = max(operands, key=_size, default=None)
         return "" if largest is None else self._argument(inside, largest, *elements)
+
+
+def _moves(made: Instruction, source: Instruction, into_fast: bool) -> bool:
+    """Whether a copy only takes an array from the main memory to a fast one, or back."""
+    if made.opcode not in ("copy-start", "copy") or len(source.shapes) != 1:
+        return False
+    to, origin = made.shapes[0], source.shapes[0]
+    alike = dataclasses.replace(to, space=origin.space) == origin
+    return alike and (to.space > 0, origin.space > 0) == (into_fast, not into_fast)
 
 
 def _size(instruction: Instruction) -> int:

@@ -16,6 +16,7 @@ class Shape:
     dtype: str  # as XLA calls it: bf16, s32, pred
     dims: tuple[int, ...]
     space: int  # memory space; 0 is the main one, others are smaller and faster
+    layout: str = ""  # how it lies there: the order of its axes, and tiles
 
     @property
     def nbytes(self) -> int:
@@ -170,7 +171,8 @@ def _shapes(text: str) -> Iterator[Shape]:
     for dtype, dims, layout in _SHAPE.findall(text):
         space = re.search(r"S\((\d+)\)", layout)
         sizes = tuple(int(size.lstrip("<=")) for size in dims.split(",") if size)
-        yield Shape(dtype, sizes, int(space[1]) if space else 0)
+        order = layout.replace(space[0], "") if space else layout
+        yield Shape(dtype, sizes, int(space[1]) if space else 0, order)
 
 
 def _closing(text: str, opening: int) -> int:
