@@ -54,6 +54,21 @@ def more_layouts(capacity, *named):
     }
 
 
+def with_slots_of_older_versions(state):
+    """The state with the slots that its layouts ask for and no others, not rounded up to tiles."""
+
+    def older(layer):
+        def cut(leaf):
+            slots = layer.layout.slots // layer.stride(leaf)
+            return jax.lax.slice_in_dim(leaf, 0, slots, axis=layer.buffer.lead + 2)
+
+        shorter = layer.replace(leaves=jax.tree.map(cut, layer.leaves))
+        assert shorter.num_slots == layer.layout.slots
+        return shorter
+
+    return state.with_layers(map(older, state.layers))
+
+
 def visible(spec, count):
     """Which of `count` tokens each of them sees, bool [query, key], by what its layout keeps."""
     seen = np.zeros((count, count), bool)

@@ -23,7 +23,14 @@ from lucid_jax.io import checked_file, files
 from lucid_jax.io.files import CacheFileError, load, save
 
 from .fixtures.record_files import prompt_model
-from .helpers import assert_same, make, more_layouts, queries, tokens
+from .helpers import (
+    assert_same,
+    make,
+    more_layouts,
+    queries,
+    tokens,
+    with_slots_of_older_versions,
+)
 
 CODECS = {
     "identity": lj.codecs.Identity(),
@@ -151,13 +158,7 @@ def test_files_of_slots_in_no_whole_tiles_still_load(tmp_path, layout, codec):
     """As older versions wrote them: with the slots that the layout asks for, and no others."""
     state = make(LAYOUTS[layout](CODECS[codec]), ragged=True)
     state = lj.update(state, *tokens(0, 2, 6), 0)
-    (layer,) = state.layers
-
-    def cut(leaf):
-        return leaf[:, :, : layer.layout.slots // layer.stride(leaf)]
-
-    older = state.with_layers([layer.replace(leaves=jax.tree.map(cut, layer.leaves))])
-    assert older.layers[0].num_slots == layer.layout.slots
+    older = with_slots_of_older_versions(state)
     save(tmp_path / "state", older)
     loaded = load(tmp_path / "state")
     assert_equal(loaded, state)

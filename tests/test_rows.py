@@ -21,6 +21,7 @@ from tests.helpers import (
     snapshot,
     stored,
     tokens,
+    with_slots_of_older_versions,
 )
 
 SPECS = {
@@ -105,6 +106,19 @@ def test_concat_is_all_rows_in_order(spec):
     for row in range(6):
         _same_row(joined, row, *((a, row) if row < 4 else (b, row - 4)))
     assert_same(lj.select(joined, range(4)), a)
+
+
+@pytest.mark.parametrize("stacked", [False, True], ids=["layers", "stacked"])
+@pytest.mark.parametrize("traced", [False, True], ids=["eager", "traced"])
+def test_concat_takes_states_of_older_versions(spec, stacked, traced):
+    """Out of a checkpoint, whose slots were not rounded up to tiles: they were refused."""
+    a, b = _batch(spec, layers=2, stacked=stacked), _batch(spec, [5], 3, layers=2, stacked=stacked)
+    older = with_slots_of_older_versions(b)
+    concat = jax.jit(lj.concat) if traced else lj.concat
+    for states in ([a, older], [older, a]):
+        joined = concat(states)
+        assert joined.layers[0].num_slots == a.layers[0].num_slots
+        assert_same(joined, lj.concat([a, b] if states[0] is a else [b, a]))
 
 
 @pytest.mark.parametrize(

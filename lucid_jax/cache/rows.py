@@ -26,6 +26,7 @@ from lucid_jax.cache.argument_checks import (
 )
 from lucid_jax.cache.codecs import of_no_backend
 from lucid_jax.cache.convert import stored_by
+from lucid_jax.cache.growth import in_whole_tiles
 from lucid_jax.cache.layouts.base import LayerSpec
 from lucid_jax.cache.sharding import in_auto_axes
 from lucid_jax.cache.stacked import LayerIndex, each
@@ -162,6 +163,9 @@ def concat(states: Sequence[CacheState]) -> CacheState:
     for other in states:
         _need_ragged(other, "concat")
         _check_alike(first, other)
+    # Those of an older version, as out of a checkpoint, may have fewer slots for the same capacity.
+    first, *_ = states = [state.with_layers(map(in_whole_tiles, state.layers)) for state in states]
+    for other in states:
         for a, b in zip(first.layers, other.layers, strict=True):
             alike = _spec(a) == _spec(b) and a.tracked == b.tracked
             if not alike or a.num_slots != b.num_slots:
