@@ -48,6 +48,28 @@ def test_slots_move_down(slots, way, stacked):
             np.testing.assert_array_equal(moved[::2], given[::2])
 
 
+@pytest.mark.parametrize("stacked", [False, True], ids=["layer", "stack"])
+@pytest.mark.parametrize("way", [buffers._clear_alike, buffers._clear_each])
+@pytest.mark.parametrize("slots", [3, 64, 200])
+def test_slots_of_each_row_are_cleared(slots, way, stacked):
+    """Those and no others, of rows that have nothing to clear, or all; NaN too."""
+    clear = jax.jit(way)
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        leaf = rng.choice([np.nan, 1.0, 2.0], (4, 2, slots, 3)).astype(np.float32)
+        start, stop = rng.integers(0, slots + 1, (2, 4), dtype=np.int32)
+        start[0], stop[0] = (0, slots) if seed % 2 else (slots, slots)
+        rows, given = Rows(), jnp.asarray(leaf)
+        if stacked:
+            rows, given = Stacked(jnp.int32(1)), jnp.stack([given + 9, given, given - 9])
+        cleared = clear(given, rows, jnp.asarray(start), jnp.asarray(stop))
+        for b in range(4):
+            leaf[b, :, start[b] : stop[b]] = 0
+        np.testing.assert_array_equal(rows.own(cleared), leaf)
+        if stacked:
+            np.testing.assert_array_equal(cleared[::2], given[::2])
+
+
 @pytest.mark.parametrize("stacked", [False, True], ids=["layers", "stacked"])
 @pytest.mark.parametrize("ragged", [False, True], ids=["aligned", "ragged"])
 def test_crop_gathers_no_slots_on_a_tpu(ragged, stacked):

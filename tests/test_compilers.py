@@ -19,6 +19,7 @@ from tests.device_steps import (
     KNOWN,
     KNOWN_LOOPS,
     LOOPS,
+    Case,
     cover,
     faults,
     inspected,
@@ -49,6 +50,18 @@ def test_a_step_is_in_place(case):
         assert report.aliased >= report.donated
     elif faults(report):
         pytest.xfail(reason)
+
+
+@pytest.mark.parametrize(("dtype", "dim"), [("bfloat16", "128"), ("float32", "64")])
+@pytest.mark.parametrize("layout", FACTORS.layout)
+def test_tokens_of_ragged_rows_are_written_over_nearly_as_fast(layout, dtype, dim):
+    """On TPUs slots that are skipped were cleared one by one, in a loop that took most of the time."""
+    ragged, aligned = (
+        inspected(Case("write at", layout, "plain", rows, dtype, dim, "once", "tpu:v5e"))
+        for rows in ("ragged", "aligned")
+    )
+    assert not faults(ragged), ragged
+    assert ragged.cycles < 8 * aligned.cycles
 
 
 @pytest.mark.parametrize("codec", ["plain", "int8", "int4"])

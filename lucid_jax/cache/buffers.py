@@ -295,6 +295,42 @@ def _clear_at_once(leaf: jax.Array, rows: Rows, start: jax.Array, stop: jax.Arra
 
 @with_gradient_of(_clear_at_once)
 def _clear(leaf: jax.Array, rows: Rows, start: jax.Array, stop: jax.Array) -> jax.Array:
+    leaf = varying_as(leaf, start, stop)
+    if not start.ndim:
+        return _clear_alike(leaf, rows, start, stop)
+    # XLA on TPU makes a loop over the zeros of a scatter, slot by slot of row by row.
+    cleared: jax.Array = lax.platform_dependent(
+        leaf,
+        start,
+        stop,
+        tpu=lambda *x: _clear_alike(x[0], rows, *x[1:]),
+        default=lambda *x: _clear_each(x[0], rows, *x[1:]),
+    )
+    return cleared
+
+
+def _clear_alike(leaf: jax.Array, rows: Rows, start: jax.Array, stop: jax.Array) -> jax.Array:
+    """By windows of all rows, which begin where the next slot is that has to be cleared in any."""
+    slots = rows.slots(leaf)
+    size = min(slots, _ZERO_BLOCK)
+    zeros = jnp.zeros_like(rows.read(leaf, jnp.int32(0), size))
+
+    def next_from(low: Any) -> jax.Array:
+        begin = jnp.maximum(start, low)
+        return jnp.min(jnp.where(begin < stop, begin, slots))
+
+    def body(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, leaf = carry
+        begin = jnp.minimum(low, slots - size)
+        slot = span(jnp.broadcast_to(begin, start.shape), size)
+        fresh = (slot >= start[..., None]) & (slot < stop[..., None])
+        return next_from(low + size), rows.write_window(leaf, zeros, begin, fresh)
+
+    return lax.while_loop(lambda carry: carry[0] < slots, body, (next_from(0), leaf))[1]
+
+
+def _clear_each(leaf: jax.Array, rows: Rows, start: jax.Array, stop: jax.Array) -> jax.Array:
+    """By windows of each row's own, start and stop being [B]."""
     slots = rows.slots(leaf)
     size = min(slots, _ZERO_BLOCK)
     zeros = jnp.zeros_like(rows.read(leaf, jnp.int32(0), size))
@@ -305,14 +341,11 @@ def _clear(leaf: jax.Array, rows: Rows, start: jax.Array, stop: jax.Array) -> ja
     def body(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         turn, leaf = carry
         low = start + turn * size
-        begin = jnp.clip(low, 0, slots - size)
-        slot = span(begin, size)
-        fresh = (slot >= low[..., None]) & (slot < stop[..., None])
-        if begin.ndim:
-            return turn + 1, rows.write_at(leaf, zeros, jnp.where(fresh, slot, slots))
-        return turn + 1, rows.write_window(leaf, zeros, begin, fresh)
+        slot = span(jnp.clip(low, 0, slots - size), size)
+        fresh = (slot >= low[:, None]) & (slot < stop[:, None])
+        return turn + 1, rows.write_at(leaf, zeros, jnp.where(fresh, slot, slots))
 
-    return lax.while_loop(more, body, (jnp.int32(0), varying_as(leaf, start, stop)))[1]
+    return lax.while_loop(more, body, (jnp.int32(0), leaf))[1]
 
 
 def _shift_at_once(leaf: jax.Array, rows: Rows, shift: jax.Array, kept: jax.Array) -> jax.Array:
