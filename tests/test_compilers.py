@@ -64,6 +64,17 @@ def test_tokens_of_ragged_rows_are_written_over_nearly_as_fast(layout, dtype, di
     assert ragged.cycles < 8 * aligned.cycles
 
 
+@pytest.mark.parametrize(
+    ("verb", "rows"),
+    [("update", "aligned"), ("write at", "ragged"), ("decode", "stacked"), ("crop", "ragged")],
+)
+def test_scales_of_one_number_a_token_stay_where_they_are(verb, rows):
+    """Those of int4 at head_dim 64, of 4 MiB: whole copies were most of what a token cost on TPUs."""
+    case = Case(verb, "static", "int4", rows, "bfloat16", "64", "once", "tpu:v5e")
+    report = inspected(case, large=1 << 20)
+    assert not faults(report), report
+
+
 @pytest.mark.parametrize("codec", ["plain", "int8", "int4"])
 @pytest.mark.parametrize("layout", [lj.Static, lj.Sliding, lj.Chunked])
 def test_any_number_of_slots_is_read_where_it_lies(layout, codec):

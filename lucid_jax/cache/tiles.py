@@ -77,9 +77,7 @@ def _told(change: Callable[..., jax.Array], leaf: jax.Array, *args: jax.Array) -
     """
     if divided_by_compiler(leaf):
         return change(leaf, *args)
-    *rest, slots, width = leaf.shape
-    last = (leaf.ndim - 2, leaf.ndim - 1)
-    order = Layout((*range(len(rest)), *(last[::-1] if lies_on_lanes(width, slots) else last)))
+    order = Layout(_order(leaf.shape))
 
     def on_tpu(leaf: jax.Array, *args: jax.Array) -> jax.Array:
         leaf = change(with_layout_constraint(leaf, order), *args)
@@ -88,6 +86,15 @@ def _told(change: Callable[..., jax.Array], leaf: jax.Array, *args: jax.Array) -
 
     changed: jax.Array = lax.platform_dependent(leaf, *args, tpu=on_tpu, default=change)
     return changed
+
+
+def _order(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The axes of a leaf (..., S, width) as XLA for TPUs lays an argument out, the outermost first."""
+    *rest, slots, width = range(len(shape))
+    if shape[width] == 1:
+        return (width, *rest, slots)
+    on_lanes = lies_on_lanes(shape[width], shape[slots])
+    return (*rest, width, slots) if on_lanes else (*rest, slots, width)
 
 
 def divided_by_compiler(leaf: jax.Array) -> bool:
