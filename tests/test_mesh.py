@@ -15,6 +15,9 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lucid_jax as lj
+from lucid_jax.attention import backends
+from lucid_jax.attention.walk import walk
+from lucid_jax.cache.tiles import divided_by_compiler
 from lucid_jax.models import T5, ModelConfig, T5Config, Transformer
 from tests.helpers import LAYOUTS, SEED, make, queries, tokens
 from tests.test_laws import CODECS, draw_pairs
@@ -229,6 +232,83 @@ def test_no_collective_moves_the_cache(mesh, codec, rows, each_backend):
         moved = jax.jit(_moved).lower(divided).compile().as_text()
     assert max(_collectives(kept), default=0) <= 2 * B  # counters: a longest length, a flag
     assert max(_collectives(moved)) > CAPACITY  # this test can see one
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What attention was asked for while it was traced: (rows, query heads) of each call."""
+    found = []
+
+    def probe(query, runs, mask, scores):
+        assert not any(map(divided_by_compiler, jax.tree.leaves([run.leaves for run in runs])))
+        found.append(query.shape[:2])
+        return walk(query, runs, mask, scores)
+
+    monkeypatch.setitem(backends._TRIED, "cpu", (probe,))
+    return found
+
+
+def _layer_by_layer(state, query, key, value):
+    """All layers of a stack in a loop, and one of them once more."""
+
+    def step(state, layer):
+        state = lj.update(state, key, value, layer)
+        out, state = lj.extend(state, query, key, value, layer)
+        return state, out
+
+    state, out = jax.lax.scan(step, state, jnp.arange(2))
+    return out, lj.attend(state, query, 1, return_lse=True), state
+
+
+@pytest.mark.parametrize("rows", ["aligned", "ragged"])
+@pytest.mark.parametrize("kv_heads", [2, 1])
+def test_each_device_attends_for_what_it_holds(rows, kv_heads, asked):
+    """Under `Explicit` axes: no collective at all, and kernels may run. Also of one head of keys."""
+    mesh = mesh_of("explicit")
+    spec = lj.Static(CAPACITY)
+    state = make(spec, batch=B, heads=kv_heads, ragged=rows == "ragged", layers=2, stacked=True)
+    new = _new(1, 2)
+    new = (new[0], *(x[:, :kv_heads] for x in new[1:]))
+    where = TOKENS if kv_heads > 1 else P("dp")
+    divided = jax.device_put(
+        state, lj.shardings(state, mesh, batch="dp", heads="tp" if kv_heads > 1 else None)
+    )
+    placed = [
+        jax.device_put(x, NamedSharding(mesh, p))
+        for x, p in zip(new, (TOKENS, where, where), strict=True)
+    ]
+    expected = _layer_by_layer(state, *new)
+    asked.clear()
+    with jax.set_mesh(mesh):
+        program = jax.jit(lambda *args: _layer_by_layer(*args)).lower(divided, *placed).compile()
+        got = program(divided, *placed)
+    assert set(asked) == {(B // 4, new[0].shape[1] // 2)}
+    assert _collectives(program.as_text()) == []
+    _assert_close({"all": got}, {"all": expected})
+    assert got[0].sharding.spec[:3] == (None, "dp", "tp")
+
+
+def test_queries_of_one_head_on_several_devices_are_left_to_the_compiler():
+    """Keys of two heads on all devices, queries of theirs divided."""
+    mesh, state = mesh_of("explicit"), make(lj.Static(CAPACITY), batch=B)
+    new = _new(1, 2)
+    where = (P("dp", "tp"), P("dp"), P("dp"))
+    placed = [jax.device_put(x, NamedSharding(mesh, p)) for x, p in zip(new, where, strict=True)]
+    divided = jax.device_put(state, lj.shardings(state, mesh, batch="dp"))
+    out, after = jax.jit(lambda *args: lj.extend(*args, 0))(divided, *placed)
+    _assert_close({"all": (out, after)}, {"all": lj.extend(state, *new, 0)})
+    assert out.sharding.spec[:2] == ("dp", "tp")
+
+
+def test_decoders_attend_on_each_device(asked):
+    """In their loops too, whose model the compiler divides."""
+    model = _model()
+    expected = lj.generate(model, PROMPTS, max_new_tokens=3)
+    asked.clear()
+    with jax.set_mesh(mesh_of("explicit")):
+        got = lj.generate(model, PROMPTS, max_new_tokens=3, sharding=TOKENS)
+    assert set(asked) == {(1, 2)}
+    np.testing.assert_array_equal(got.tokens, expected.tokens)
 
 
 CALLS = {

@@ -26,7 +26,9 @@ def lacks(
 ) -> str | None:
     """What every kernel lacks for a call, of at most `most_rows` queries of a KV head."""
     if any(map(divided_by_compiler, jax.tree.leaves([run.leaves for run in slot_runs]))):
-        return "is not divided over a mesh by the compiler, only in jax.shard_map"
+        return (
+            "is not divided over a mesh by the compiler, only by Explicit axes or in jax.shard_map"
+        )
     _, heads, tokens, _ = next(iter(queries.values())).shape
     rows = heads // mask.num_kv_heads * tokens
     if rows > most_rows:

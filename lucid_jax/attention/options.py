@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self, TypedDict
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
 from lucid_jax.attention.backends import to_try
@@ -20,6 +21,7 @@ from lucid_jax.attention.rope import Rope, as_rope
 from lucid_jax.attention.softmax import RowsByLeaf, Scores
 from lucid_jax.cache.argument_checks import as_array, check_count, is_traced
 from lucid_jax.cache.axes import check_shape, swapped
+from lucid_jax.cache.sharding import MeshAxes
 from lucid_jax.cache.tokens import TokenLayer
 
 Pair = tuple[jax.Array, jax.Array]  # out and log-sum-exp
@@ -89,6 +91,15 @@ class Options:
         """
         return self.replace(
             visible=_by_index(mask, "mask", full, given), bias=_by_index(bias, "bias", full, given)
+        )
+
+    def parts(self, axes: MeshAxes) -> Self:
+        """How its arrays are divided over a mesh: `PartitionSpec`s in their place."""
+        sinks = jax.tree.map(lambda _: PartitionSpec(axes.heads), self.scores.sink_logits)
+        return self.replace(
+            scores=self.scores.replace(sink_logits=sinks),
+            visible=axes.of_heads(self.visible),
+            bias=axes.of_heads(self.bias),
         )
 
 

@@ -17,8 +17,10 @@ from lucid_jax.attention.mask import Mask, with_padding
 from lucid_jax.attention.options import Options
 from lucid_jax.attention.softmax import Query, queries_by_leaf
 from lucid_jax.cache.append import append, put_and_slot_runs, take_in
+from lucid_jax.cache.mesh_programs import Parts
 from lucid_jax.cache.packing import Tokens
 from lucid_jax.cache.reading import SlotRun, sights, slot_runs
+from lucid_jax.cache.sharding import MeshAxes
 from lucid_jax.cache.slots import span
 from lucid_jax.cache.token_arguments import absolute_positions
 from lucid_jax.cache.tokens import TokenLayer
@@ -28,7 +30,21 @@ from lucid_jax.cache.write import write
 Result = tuple[jax.Array, jax.Array]  # out (B, N, T, Dv) and log-sum-exp (B, N, T)
 
 
-@verb()
+def _parts_of_attend(axes: MeshAxes, layer: Any, *args: Any) -> Parts:
+    query, places, counts, options = args
+    specs = axes.of_heads(query)
+    result = next(iter(jax.tree.leaves(specs)))
+    given = (specs, axes.of_rows(places, 2), axes.of_rows(counts, 1), options.parts(axes))
+    return given, (result, result)
+
+
+def _parts_of_extend(axes: MeshAxes, layer: Any, *args: Any) -> Parts:
+    query, new, *others, first = args
+    (specs, *rest), result = _parts_of_attend(axes, layer, query, *others)
+    return (specs, axes.of_heads(new), *rest, first), (result, layer)
+
+
+@verb(parts=_parts_of_attend)
 def attend(layer: TokenLayer, query: Query, places: Any, counts: Any, options: Options) -> Result:
     """Attention of the newest queries over what a layer stores."""
     tokens = _shape(query)[2]
@@ -44,7 +60,7 @@ def attend(layer: TokenLayer, query: Query, places: Any, counts: Any, options: O
     return _over(slot_runs(layer), layer, query, position, counts, options)
 
 
-@verb("first")
+@verb("first", parts=_parts_of_extend)
 def extend(
     layer: TokenLayer,
     query: Query,

@@ -17,8 +17,8 @@ from flax import struct
 
 from lucid_jax.cache import tail
 from lucid_jax.cache.append import Chunk, put
+from lucid_jax.cache.mesh_programs import in_auto_axes
 from lucid_jax.cache.packing import Packed
-from lucid_jax.cache.sharding import in_auto_axes
 from lucid_jax.cache.slots import span
 from lucid_jax.cache.state import CacheState
 from lucid_jax.cache.tail import Raw

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lucid_jax.cache.allocation import check_dims, refusing
-from lucid_jax.cache.sharding import in_auto_axes
+from lucid_jax.cache.mesh_programs import in_auto_axes
 from lucid_jax.cache.tiles import in_tiles
 from lucid_jax.cache.tokens import TokenLayer
 

@@ -28,7 +28,7 @@ from lucid_jax.cache.codecs import of_no_backend
 from lucid_jax.cache.convert import stored_by
 from lucid_jax.cache.growth import in_whole_tiles
 from lucid_jax.cache.layouts.base import LayerSpec
-from lucid_jax.cache.sharding import in_auto_axes
+from lucid_jax.cache.mesh_programs import in_auto_axes
 from lucid_jax.cache.stacked import LayerIndex, each
 from lucid_jax.cache.stacking import stacked_like
 from lucid_jax.cache.state import CacheState

@@ -18,7 +18,7 @@ from jax.typing import ArrayLike
 
 from lucid_jax.cache.argument_checks import as_array, as_integers, check_count
 from lucid_jax.cache.axes import STORED, check_axes, swapped
-from lucid_jax.cache.sharding import in_auto_axes
+from lucid_jax.cache.mesh_programs import in_auto_axes
 
 
 def sinks_and_recent(

@@ -1,14 +1,7 @@
-"""Where a state lies on a mesh: `shardings`, and verbs whose results lie where their inputs do.
-
-Under a mesh whose axes are `Explicit`, as `jax.make_mesh` makes them, an array's type says where it
-lies, and each operation must be able to say it of its result. A verb says it of what it returns. On
-the inside the axes are `Auto`, and the compiler divides the work as it does under any `Auto` mesh.
-"""
+"""Where a state lies on a mesh: `shardings`, and what lies as something else does."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -21,7 +14,6 @@ from lucid_jax.cache.tokens import TokenLayer
 
 Axis = str | tuple[str, ...] | None  # a mesh axis, or several, or none
 State = TypeVar("State")  # a pytree of layers
-R = TypeVar("R")
 
 
 def shardings(
@@ -63,11 +55,11 @@ def shardings(
     _check_axes(mesh, axes)
 
     def of_leaf(leaf: Any, buffer: Rows) -> NamedSharding:
-        before, divided = _divided(leaf, buffer)
+        before, divided = axes_divided(leaf, buffer)
         for name, size in zip(list(axes)[:divided], leaf.shape[before:], strict=False):
-            if size % _ways(mesh, axes[name]):
+            if size % ways_of(mesh, axes[name]):
                 raise ValueError(
-                    f"{name}={axes[name]!r} divides over {_ways(mesh, axes[name])} devices, but the "
+                    f"{name}={axes[name]!r} divides over {ways_of(mesh, axes[name])} devices, but the "
                     f"state has {size} {'rows' if name == 'batch' else 'key/value heads'}; choose an "
                     "axis whose size divides that, or None to keep a copy on each device"
                 )
@@ -75,14 +67,14 @@ def shardings(
         return NamedSharding(mesh, PartitionSpec(*[None] * before, *each))
 
     def of_layer(layer: Any) -> Any:
-        buffer = layer.buffer if _is_layer(layer) else Rows()
+        buffer = layer.buffer if is_layer(layer) else Rows()
         return jax.tree.map(partial(of_leaf, buffer=buffer), layer)
 
-    where: State = jax.tree.map(of_layer, state, is_leaf=_is_layer)
+    where: State = jax.tree.map(of_layer, state, is_leaf=is_layer)
     return where
 
 
-def _divided(leaf: Any, buffer: Rows) -> tuple[int, int]:
+def axes_divided(leaf: Any, buffer: Rows) -> tuple[int, int]:
     """Of a leaf or a counter, the axes before those that are divided, rows and heads, and how many."""
     if leaf.ndim > 2 + buffer.lead:
         return buffer.lead, 2
@@ -99,7 +91,21 @@ class MeshAxes(NamedTuple):
     @property
     def ways(self) -> int:
         """Over how many devices."""
-        return _ways(self.mesh, self.batch) * _ways(self.mesh, self.heads)
+        return ways_of(self.mesh, self.batch) * ways_of(self.mesh, self.heads)
+
+    def of_heads(self, tree: Any) -> Any:
+        """`PartitionSpec`s of arrays (B or 1, heads or 1, ...)."""
+
+        def spec(x: Any) -> PartitionSpec:
+            of_one = (size == 1 for size in x.shape)
+            axes = zip((self.batch, self.heads), of_one, strict=False)
+            return PartitionSpec(*(None if one else axis for axis, one in axes))
+
+        return jax.tree.map(spec, tree)
+
+    def of_rows(self, tree: Any, ndim: int) -> Any:
+        """`PartitionSpec`s of arrays (B, ...) of so many axes, or of fewer: the same for all rows."""
+        return jax.tree.map(lambda x: PartitionSpec(*[self.batch] * (x.ndim == ndim)), tree)
 
     def in_force(self) -> AbstractContextManager[object]:
         """A context in which a program without arguments runs on the devices of the mesh."""
@@ -133,7 +139,7 @@ def with_shardings(tree: State, where: State) -> State:
     def put(leaf: jax.Array, sharding: NamedSharding) -> jax.Array:
         laid: jax.Array = (
             jax.reshard(leaf, sharding)
-            if _explicit(sharding.mesh)
+            if explicit_axes(sharding.mesh)
             else jax.lax.with_sharding_constraint(leaf, sharding)
         )
         return laid
@@ -151,7 +157,7 @@ def of_tokens(tokens: jax.Array) -> NamedSharding | None:
     where = jax.typeof(tokens).sharding if traced else tokens.sharding
     if not isinstance(where, NamedSharding) or where.mesh.size == 1:
         return None
-    if traced and not _explicit(where.mesh):
+    if traced and not explicit_axes(where.mesh):
         return None
     return NamedSharding(where.mesh, PartitionSpec(*where.spec[:2]))
 
@@ -185,108 +191,12 @@ def divided_as_rows(state: Any, array: Any) -> Any:
     return jax.device_put(array, NamedSharding(where.mesh, rows))
 
 
-def in_auto_axes(run: Callable[..., R], *, by_heads: bool = True) -> Callable[..., R]:
-    """The function, with the `Explicit` axes of the mesh its arguments lie on left to the compiler.
-
-    Results lie where arguments do: layers as the layers that came in, in order; other arrays (B,
-    heads, ...), or (B, ...) if rows are ragged, as the first array of more than two axes that came with
-    them, or else as what the first layer stores. Of a decoder's loop, not `by_heads`, whose first two
-    arguments are a model, layers are those of the others, and arrays of more than two axes are whole
-    on each device.
-    """
-
-    @functools.wraps(run)
-    def wrapped(*args: Any, **static: Any) -> R:
-        mesh = _mesh_of(args)
-        if mesh is None:
-            # What `run` makes by itself must not lie on the mesh in force either.
-            with _off_meshes():
-                return run(*args, **static)
-        auto = mesh.update_axis_types(dict.fromkeys(_explicit(mesh), AxisType.Auto))
-
-        given, structure = jax.tree.flatten(args)
-        with jax.sharding.use_abstract_mesh(auto):
-            hidden = [
-                jax.reshard(x, PartitionSpec()) if isinstance(x, jax.Array) else x for x in given
-            ]
-            out = run(*jax.tree.unflatten(structure, hidden), **static)
-        through = {id(x): y for x, y in zip(hidden, given, strict=True)}
-        return _divided_like(args if by_heads else args[2:], out, mesh, through, by_heads)
-
-    return wrapped
-
-
-def _divided_like(
-    args: Any, out: R, mesh: AbstractMesh, through: dict[int, jax.Array], by_heads: bool
-) -> R:
-    """`out` divided as `args` are, see `in_auto_axes`; what was handed through is what was given."""
-    given = jax.tree.leaves(args, is_leaf=_is_layer)
-    layers = [x for x in given if _is_layer(x)]
-    mixed = [jax.tree.leaves(x.leaves[x.packing.mixed])[0] for x in layers]
-    stored = [_spec(leaf)[x.buffer.lead :] for x, leaf in zip(layers, mixed, strict=True)]
-    others = [_spec(x) for x in given if isinstance(x, jax.Array) and x.ndim > 2]
-    ragged = any(x.ragged for x in layers)
-    before = iter(layers)
-
-    def put(leaf: jax.Array, spec: tuple[Axis, ...]) -> jax.Array:
-        if id(leaf) in through:
-            return through[id(leaf)]
-        fits = (
-            None if size % _ways(mesh, axis) else axis
-            for size, axis in zip(leaf.shape, spec, strict=False)
-        )
-        laid: jax.Array = jax.reshard(leaf, NamedSharding(mesh, PartitionSpec(*fits)))
-        return laid
-
-    def by_axes(leaf: jax.Array, spec: tuple[Axis, ...]) -> jax.Array:
-        return put(leaf, spec[: 2 if leaf.ndim > 2 else ragged])
-
-    def like(new: Any) -> Any:
-        if not _is_layer(new):
-            many = others if by_heads else [()]
-            return by_axes(new, (*(many if new.ndim > 2 else ()), *stored)[0])
-        leaves, olds = jax.tree.leaves(new), jax.tree.leaves(next(before))
-        if [x.ndim for x in leaves] == [x.ndim for x in olds]:
-            laid = [put(x, _spec(y)) for x, y in zip(leaves, olds, strict=True)]
-        else:  # as where compact has put positions beside the tokens
-            where = [_divided(x, new.buffer) for x in leaves]
-            laid = [
-                put(x, ((None,) * before + stored[0][:divided]) if divided else ())
-                for x, (before, divided) in zip(leaves, where, strict=True)
-            ]
-        return jax.tree.unflatten(jax.tree.structure(new), laid)
-
-    where_given: R = jax.tree.map(like, out, is_leaf=_is_layer)
-    return where_given
-
-
-def _is_layer(x: Any) -> bool:
+def is_layer(x: Any) -> bool:
+    """Whether this is one layer of a state."""
     return isinstance(x, TokenLayer)
 
 
-def _spec(leaf: jax.Array) -> tuple[Axis, ...]:
-    """The mesh axes of an array, as far as its type names them."""
-    return tuple(jax.typeof(leaf).sharding.spec)
-
-
-def _mesh_of(args: Any) -> AbstractMesh | None:
-    """The mesh with `Explicit` axes that arguments lie on, if there is one."""
-    for leaf in jax.tree.leaves(args):
-        if isinstance(leaf, jax.Array):
-            mesh: AbstractMesh = jax.typeof(leaf).sharding.mesh
-            if _explicit(mesh):
-                return mesh
-    return None
-
-
-def _off_meshes() -> AbstractContextManager[object]:
-    """A context in which new arrays lie on no mesh, if they would on one with `Explicit` axes."""
-    if not _explicit(jax.sharding.get_abstract_mesh()):
-        return nullcontext()
-    return jax.sharding.use_abstract_mesh(AbstractMesh((), ()))
-
-
-def _explicit(mesh: Mesh | AbstractMesh) -> list[str]:
+def explicit_axes(mesh: Mesh | AbstractMesh) -> list[str]:
     """The axes that types name."""
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
     return [name for name, kind in kinds if kind == AxisType.Explicit]
@@ -318,7 +228,7 @@ def _names(axis: Axis) -> tuple[str, ...]:
     return () if axis is None else (axis,) if isinstance(axis, str) else tuple(axis)
 
 
-def _ways(mesh: Mesh | AbstractMesh, axis: Axis) -> int:
+def ways_of(mesh: Mesh | AbstractMesh, axis: Axis) -> int:
     """Over how many devices an axis divides."""
     count = 1
     for name in _names(axis):

@@ -16,10 +16,11 @@ from lucid_jax.cache.argument_checks import (
     is_traced,
 )
 from lucid_jax.cache.axes import STORED, swapped
+from lucid_jax.cache.mesh_programs import Parts, on_each_device
 from lucid_jax.cache.packing import Tokens
 from lucid_jax.cache.sharding import (
+    MeshAxes,
     divided_like_tokens,
-    in_auto_axes,
 )
 from lucid_jax.cache.stacked import (
     LayerIndex,
@@ -184,7 +185,12 @@ def update_layer(
     return _update.compiled(donate or roomy is not layer)(roomy, new, places, counts)
 
 
-@verb()
+def _parts_of_update(axes: MeshAxes, layer: Any, *args: Any) -> Parts:
+    tokens, places, counts = args
+    return (axes.of_heads(tokens), axes.of_rows(places, 2), axes.of_rows(counts, 1)), layer
+
+
+@verb(parts=_parts_of_update)
 def _update(layer: TokenLayer, tokens: Tokens, places: Any, counts: Any) -> TokenLayer:
     counts = None if counts is None else jnp.asarray(counts)
     if places is None:
@@ -193,6 +199,6 @@ def _update(layer: TokenLayer, tokens: Tokens, places: Any, counts: Any) -> Toke
 
 
 @partial(jax.jit, donate_argnums=0)
-@in_auto_axes
+@partial(on_each_device, parts=lambda axes, layer, tokens: ((axes.of_heads(tokens),), layer))
 def _append_fitting(layer: TokenLayer, tokens: Tokens) -> TokenLayer:
     return append_fitting(layer, tokens)

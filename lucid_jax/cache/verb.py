@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 import jax
 
 from lucid_jax.cache.argument_checks import is_traced
-from lucid_jax.cache.sharding import in_auto_axes
+from lucid_jax.cache.mesh_programs import PartsOf, in_auto_axes, on_each_device
 
 R = TypeVar("R")
 
@@ -28,9 +28,16 @@ class Verb(Generic[R]):
     """
 
     def __init__(
-        self, run: Callable[..., R], static: tuple[str, ...] = (), *, shares: bool = False
+        self,
+        run: Callable[..., R],
+        static: tuple[str, ...] = (),
+        *,
+        shares: bool = False,
+        parts: PartsOf | None = None,
     ) -> None:
-        self.traced: Callable[..., R] = in_auto_axes(run)
+        self.traced: Callable[..., R] = (
+            in_auto_axes(run) if parts is None else on_each_device(run, parts)
+        )
         self.kept: Callable[..., R] = (
             _without_copies(self.traced) if shares else jax.jit(self.traced, static_argnames=static)
         )
@@ -49,13 +56,17 @@ class Verb(Generic[R]):
         return self.donated if donate else self.kept
 
 
-def verb(*static: str, shares: bool = False) -> Callable[[Callable[..., R]], Verb[R]]:
+def verb(
+    *static: str, shares: bool = False, parts: PartsOf | None = None
+) -> Callable[[Callable[..., R]], Verb[R]]:
     """Makes a `Verb` of a pure function whose first argument is the state, or a layer of one.
 
     Args:
         *static: names of arguments that are static.
         shares: the function hands most buffers of tokens through untouched, and what is kept is to
             share them with the old state rather than copy them. It must give back a state.
+        parts: the function is of one layer, whose rows and heads do not know of each other, and this
+            says which of them arguments and results are of; see `on_each_device`.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -68,7 +79,7 @@ def verb(*static: str, shares: bool = False) -> Callable[[Callable[..., R]], Ver
         >>> add(state, 1.0, donate=True).tolist(), state.is_deleted()
         ([1.0, 1.0, 1.0], True)
     """
-    return lambda run: Verb(run, static, shares=shares)
+    return lambda run: Verb(run, static, shares=shares, parts=parts)
 
 
 def _without_copies(run: Callable[..., Any]) -> Callable[..., Any]:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from lucid_jax.cache import verbs
-from lucid_jax.cache.sharding import in_auto_axes
+from lucid_jax.cache.mesh_programs import in_auto_axes
 from lucid_jax.cache.state import CacheState
 from lucid_jax.decode.language_model import LanguageModel, ModelStructure
 from lucid_jax.decode.sampling import penalized

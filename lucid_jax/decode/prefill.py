@@ -17,7 +17,8 @@ import numpy as np
 from lucid_jax.cache import verbs
 from lucid_jax.cache.allocation import INT32_MAX, check_memory
 from lucid_jax.cache.growth import enlarged
-from lucid_jax.cache.sharding import divided_as_rows, in_auto_axes
+from lucid_jax.cache.mesh_programs import in_auto_axes
+from lucid_jax.cache.sharding import divided_as_rows
 from lucid_jax.cache.state import CacheState
 from lucid_jax.decode.language_model import LanguageModel, ModelStructure
 from lucid_jax.decode.options import DecodeOptions

@@ -12,7 +12,7 @@ import numpy as np
 from flax import struct
 
 from lucid_jax.cache import introspection, verbs
-from lucid_jax.cache.sharding import in_auto_axes
+from lucid_jax.cache.mesh_programs import in_auto_axes
 from lucid_jax.cache.state import CacheState
 from lucid_jax.cache.tree import keep_path, tree_mask
 from lucid_jax.decode.acceptance import accept_greedy, accept_sampled, accept_tree

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from lucid_jax.cache.sharding import in_auto_axes
+from lucid_jax.cache.mesh_programs import in_auto_axes
 from lucid_jax.decode.language_model import LanguageModel, ModelStructure
 from lucid_jax.decode.prompts import power_of_two
 from lucid_jax.decode.sampling import Sampling, sample
