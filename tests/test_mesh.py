@@ -15,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lucid_jax as lj
-from lucid_jax.attention import backends
+from lucid_jax.attention import backends, programs
 from lucid_jax.attention.walk import walk
 from lucid_jax.cache.tiles import divided_by_compiler
 from lucid_jax.models import T5, ModelConfig, T5Config, Transformer
@@ -245,6 +245,7 @@ def asked(monkeypatch):
         return walk(query, runs, mask, scores)
 
     monkeypatch.setitem(backends._TRIED, "cpu", (probe,))
+    monkeypatch.setattr(programs, "OWN", {probe})
     return found
 
 
@@ -298,6 +299,74 @@ def test_queries_of_one_head_on_several_devices_are_left_to_the_compiler():
     out, after = jax.jit(lambda *args: lj.extend(*args, 0))(divided, *placed)
     _assert_close({"all": (out, after)}, {"all": lj.extend(state, *new, 0)})
     assert out.sharding.spec[:2] == ("dp", "tp")
+
+
+def _extended(state, query, key, value):
+    return lj.extend(state, query, key, value, 0)
+
+
+def _written(state, query, key, value):
+    """At places of each row, of which the layer's one length is the largest."""
+    places = jnp.arange(2 * len(key)).reshape(-1, 2)[::-1]
+    return lj.extend(state, query, key, value, 0, cache_position=places)
+
+
+def _in_plain_loops(state, query, key, value):
+    """By a backend that knows nothing of meshes."""
+
+    def plain(query, runs, mask, scores):
+        zeros = jnp.zeros(query.shape, query.dtype)
+        total, _ = jax.lax.scan(lambda x, _: (x + query, None), zeros, length=2)
+        return jnp.pad(total[..., : value.shape[-1]], [(0, 0)] * 4), jnp.sum(total, -1)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(backends._TRIED, "cpu", (plain,))
+        return _extended(state, query, key, value)
+
+
+LEFT = {
+    "one row": ((1, 2), P("dp", "tp"), P("dp", "tp"), 2, _extended),
+    "one length": ((2, 2), P("dp", "tp"), P("dp", "tp"), 2, _written),
+    "queries of one head along the rows": ((4, 1), P("dp"), P(None, "dp"), 1, _extended),
+    "queries divided further": ((2, 2), P(None, "tp"), P("dp", "tp"), 2, _extended),
+    "a backend of one's own": ((2, 2), P("dp", "tp"), P("dp", "tp"), 2, _in_plain_loops),
+}
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_what_a_device_cannot_do_by_itself_is_left_to_the_compiler(name):
+    sizes, of_state, of_query, heads, run = LEFT[name]
+    rows = 1 if name == "one row" else 4
+    devices = jax.devices()[: math.prod(sizes)]
+    mesh = jax.make_mesh(sizes, ("dp", "tp"), devices=devices)
+    state = make(lj.Static(16), batch=rows, heads=heads)
+    query, key, value = (x[:rows] for x in _new(1, 2))
+    new = (query, key[:, :heads], value[:, :heads])
+    batch, by_heads = (*of_state, None)[:2]
+    where = lj.shardings(state, mesh, batch=batch, heads=by_heads)
+    placed = [
+        jax.device_put(x, NamedSharding(mesh, spec))
+        for x, spec in zip(new, (of_query, of_state, of_state), strict=True)
+    ]
+    got = jax.jit(lambda *args: run(*args))(jax.device_put(state, where), *placed)
+    _assert_close({"all": got}, {"all": run(state, *new)})
+
+
+def test_states_along_the_mesh_are_mapped_over():
+    """Along rows of the mesh lie states, which `vmap` hides."""
+    mesh, new = mesh_of("explicit"), _new(1, 2)
+    states = jax.vmap(lambda key, value: lj.update(make(batch=2), key, value, 0))
+    split_rows = [x.reshape(4, 2, *x.shape[1:]) for x in new]
+    run = jax.vmap(lambda state, query: lj.attend(state, query, 0))
+    given = (states(*split_rows[1:]), split_rows[0])
+
+    def put(x):
+        return jax.device_put(
+            x, NamedSharding(mesh, P("dp", None, "tp") if x.ndim > 3 else P("dp"))
+        )
+
+    got = jax.jit(run)(*jax.tree.map(put, given))
+    _assert_close({"all": got}, {"all": run(*given)})
 
 
 def test_decoders_attend_on_each_device(asked):

@@ -121,9 +121,10 @@ def attend(
             and for a few queries "mosaic_gpu" (Hopper, JAX 0.12), kernels that read the blocks of slots
             which hold what queries see; or one of your own, see `lucid_jax.attention.register`. By
             default the platform's first that takes the call: its kernel on TPUs and GPUs, there "dense"
-            where scores are few and layers not stacked, or else, as on CPU, "walk". Kernels run on each
-            device of a mesh whose axes are `Explicit`, as `jax.make_mesh` makes them, and in
-            `jax.shard_map`; the compiler, which divides the work over `Auto` axes, cannot divide them.
+            where scores are few and layers not stacked, or else, as on CPU, "walk". Kernels run in
+            `jax.shard_map`, and on each device of a mesh whose axes are `Explicit`, as `jax.make_mesh`
+            makes them, and divide rows and heads of state and queries alike; the compiler, which
+            divides the work elsewhere, cannot divide them.
         return_lse: return also the log-sum-exp of each query's scores, for `merge`.
 
     Returns:

@@ -27,6 +27,7 @@ _TRIED: dict[str, tuple[Backend, ...]] = {
     "gpu": (mosaic_gpu, dense_if_small, walk),
     "tpu": (pallas_tpu, dense_if_small, walk),
 }
+OWN = frozenset[Backend]().union(*_TRIED.values(), _BY_NAME.values())  # known to run in `shard_map`
 
 
 def register(name: str, backend: Backend, *, platforms: Collection[str] = ()) -> None:

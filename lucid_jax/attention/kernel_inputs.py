@@ -27,7 +27,8 @@ def lacks(
     """What every kernel lacks for a call, of at most `most_rows` queries of a KV head."""
     if any(map(divided_by_compiler, jax.tree.leaves([run.leaves for run in slot_runs]))):
         return (
-            "is not divided over a mesh by the compiler, only by Explicit axes or in jax.shard_map"
+            "is not divided over a mesh by the compiler, only in jax.shard_map, "
+            "or by Explicit axes that divide rows and heads alone"
         )
     _, heads, tokens, _ = next(iter(queries.values())).shape
     rows = heads // mask.num_kv_heads * tokens

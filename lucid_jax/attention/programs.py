@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lucid_jax.attention.backends import first_that_takes
+from lucid_jax.attention.backends import OWN, first_that_takes
 from lucid_jax.attention.mask import Mask, with_padding
 from lucid_jax.attention.options import Options
 from lucid_jax.attention.softmax import Query, queries_by_leaf
@@ -30,17 +30,22 @@ from lucid_jax.cache.write import write
 Result = tuple[jax.Array, jax.Array]  # out (B, N, T, Dv) and log-sum-exp (B, N, T)
 
 
-def _parts_of_attend(axes: MeshAxes, layer: Any, *args: Any) -> Parts:
+def _parts_of_attend(axes: MeshAxes, layer: Any, *args: Any) -> Parts | None:
     query, places, counts, options = args
+    if not OWN.issuperset(options.backends):  # which may not expect to be in `shard_map`
+        return None
     specs = axes.of_heads(query)
     result = next(iter(jax.tree.leaves(specs)))
     given = (specs, axes.of_rows(places, 2), axes.of_rows(counts, 1), options.parts(axes))
     return given, (result, result)
 
 
-def _parts_of_extend(axes: MeshAxes, layer: Any, *args: Any) -> Parts:
+def _parts_of_extend(axes: MeshAxes, layer: Any, *args: Any) -> Parts | None:
     query, new, *others, first = args
-    (specs, *rest), result = _parts_of_attend(axes, layer, query, *others)
+    found = _parts_of_attend(axes, layer, query, *others)
+    if found is None:
+        return None
+    (specs, *rest), result = found
     return (specs, axes.of_heads(new), *rest, first), (result, layer)
 
 

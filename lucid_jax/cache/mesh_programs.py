@@ -2,8 +2,8 @@
 
 Under a mesh whose axes are `Explicit`, as `jax.make_mesh` makes them, an array's type says where it
 lies, and each operation must be able to say it of its result. A verb says it of what it returns. On
-the inside its axes are `Auto`, and the compiler divides the work as it does under any `Auto` mesh, or
-`Manual`, where rows and heads do not know of each other: then each device does its own.
+the inside its axes are `Auto`, and the compiler divides the work as it does under any `Auto` mesh. Or
+they are `Manual`, where rows and heads do not know of each other, and each device does its own.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from lucid_jax.cache.sharding import (
     axes_divided,
     explicit_axes,
     is_layer,
+    names_of,
     shardings,
     ways_of,
 )
@@ -35,7 +36,7 @@ R = TypeVar("R")
 Parts = tuple[tuple[Any, ...], Any]
 """`PartitionSpec`s in place of arrays: of arguments after the layer, and of the result."""
 
-PartsOf = Callable[..., Parts]  # of axes, those of the layer and the arguments after it
+PartsOf = Callable[..., Parts | None]  # of axes, specs of the layer and the arguments after it
 
 _LOOP: ContextVar[MeshAxes | None] = ContextVar("how a decoder's loop has divided its layers")
 
@@ -50,7 +51,8 @@ def on_each_device(run: Callable[..., R], parts: PartsOf) -> Callable[..., R]:
     Args:
         run: the function.
         parts: of `(axes, specs of the layer, ...)` the `PartitionSpec`s of what comes after the layer
-            and of the result.
+            and of the result; None if it is for the compiler all the same. Arrays of two axes are
+            taken for places of each row, those of more for (B or 1, heads or 1, ...).
     """
     divided = in_auto_axes(run)
 
@@ -64,7 +66,10 @@ def on_each_device(run: Callable[..., R], parts: PartsOf) -> Callable[..., R]:
         heads = axes.heads if layer.num_kv_heads > 1 else None
         where = shardings(layer, mesh, batch=axes.batch, heads=heads)
         of_layer = jax.tree.map(lambda x: x.spec, where)
-        of_args, of_result = parts(axes, of_layer, *args)
+        found = parts(axes, of_layer, *args)
+        if found is None:
+            return divided(layer, *args, **static)
+        of_args, of_result = found
         given, structure = jax.tree.flatten((layer, *args))
         every = jax.tree.leaves((of_layer, *of_args))
         arrays = {
@@ -79,29 +84,27 @@ def on_each_device(run: Callable[..., R], parts: PartsOf) -> Callable[..., R]:
             return run(*jax.tree.unflatten(structure, mine), **static)
 
         out: R = jax.shard_map(here, mesh=mesh, in_specs=(specs,), out_specs=of_result)(arrays)
+        # Arguments may have come divided otherwise.
         return _divided_like((layer, *args), out, mesh, {}, by_heads=True) if explicit else out
 
     return wrapped
 
 
 def _axes_of(layer: TokenLayer, args: Any) -> MeshAxes | None:
-    """The axes that a layer's rows and heads are divided over, where that is known."""
-    if layer.checked:  # its checks are of all rows
-        return None
+    """The axes over which a device can do what it holds of a layer by itself; None where it cannot."""
+    arrays: list[Any] = [x for x in jax.tree.leaves(args) if isinstance(x, jax.Array | np.ndarray)]
     mesh = _mesh_of((layer, args))
-    if mesh is None:
-        return _axes_in_loop(layer)
-    axes = _axes_by_types(layer, mesh)
-    if axes is None:
+    axes = _axes_in_loop(layer) if mesh is None else _axes_by_types(layer, mesh)
+    if layer.checked or axes is None:  # checks are of all rows
         return None
-    # The first are queries, or tokens.
-    asked = next(_spec(x) for x in jax.tree.leaves(args) if isinstance(x, jax.Array) and x.ndim > 2)
-    of_queries = asked[1] if len(asked) > 1 else None
-    if layer.num_kv_heads == 1:
-        axes = axes._replace(heads=of_queries)
-    elif axes.heads is None and of_queries is not None:
-        return None  # queries of a head on several devices
-    return axes if axes.ways > 1 else None
+    if not layer.ragged and axes.batch is not None and any(x.ndim == 2 for x in arrays):
+        return None  # places of each row, and one length, the largest of all
+    if mesh is not None and layer.num_kv_heads == 1:  # all queries read it, wherever they are
+        several = (spec[1] for spec in map(_spec, arrays) if len(spec) > 1)
+        axes = axes._replace(heads=next((x for x in several if ways_of(mesh, x) > 1), None))
+    # Along what is left of a mesh something else may be divided: queries of a head, or what vmap maps.
+    every = [*names_of(axes.batch), *names_of(axes.heads)]
+    return axes if len({*every}) == len(every) and axes.ways == axes.mesh.size > 1 else None
 
 
 def _axes_by_types(layer: TokenLayer, mesh: AbstractMesh) -> MeshAxes | None:
@@ -117,7 +120,11 @@ def _axes_by_types(layer: TokenLayer, mesh: AbstractMesh) -> MeshAxes | None:
         if any(axis is not None for axis in (*spec[:before], *spec[before + 2 :])):
             return None
         found.add(spec[before : before + 2])
-    return MeshAxes(mesh, *found.pop()) if len(found) == 1 else None
+    if len(found) != 1:
+        return None
+    # Axes of one device divide nothing.
+    batch, heads = (axis if ways_of(mesh, axis) > 1 else None for axis in found.pop())
+    return MeshAxes(mesh, batch, heads)
 
 
 def _axes_in_loop(layer: TokenLayer) -> MeshAxes | None:
@@ -126,13 +133,11 @@ def _axes_in_loop(layer: TokenLayer) -> MeshAxes | None:
     if axes is None or axes.mesh != jax.sharding.get_abstract_mesh():
         return None
     rows, heads = ways_of(axes.mesh, axes.batch), ways_of(axes.mesh, axes.heads)
-    fits = layer.batch_size % rows == 0 and layer.num_kv_heads % heads == 0
-    # The compiler may divide queries of a head over what is left of the mesh.
-    return axes if fits and rows * heads == axes.mesh.size > 1 else None
+    return axes if layer.batch_size % rows == 0 and layer.num_kv_heads % heads == 0 else None
 
 
 @contextmanager
-def _in_loop(axes: MeshAxes | None) -> Iterator[None]:
+def _tracing_loop(axes: MeshAxes | None) -> Iterator[None]:
     """While a decoder's loop is traced whose layers are divided so."""
     token = _LOOP.set(axes)
     try:
@@ -164,7 +169,7 @@ def in_auto_axes(run: Callable[..., R], *, by_heads: bool = True) -> Callable[..
         every = set() if by_heads else {_axes_by_types(x, mesh) for x in _layers_of(args)}
         alike = every.pop() if len(every) == 1 else None
         loop = None if alike is None else alike._replace(mesh=auto)
-        with jax.sharding.use_abstract_mesh(auto), _in_loop(loop):
+        with jax.sharding.use_abstract_mesh(auto), _tracing_loop(loop):
             hidden = [
                 jax.reshard(x, PartitionSpec()) if isinstance(x, jax.Array) else x for x in given
             ]

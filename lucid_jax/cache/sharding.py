@@ -218,19 +218,20 @@ def _in_force() -> Mesh | AbstractMesh:
 
 def _check_axes(mesh: Mesh | AbstractMesh, axes: dict[str, Axis]) -> None:
     for name, axis in axes.items():
-        if not set(_names(axis)) <= set(mesh.axis_names):
+        if not set(names_of(axis)) <= set(mesh.axis_names):
             raise ValueError(
                 f"{name}={axis!r} is not an axis of the mesh, whose axes are {mesh.axis_names}"
             )
 
 
-def _names(axis: Axis) -> tuple[str, ...]:
+def names_of(axis: Axis) -> tuple[str, ...]:
+    """The mesh axes that are meant."""
     return () if axis is None else (axis,) if isinstance(axis, str) else tuple(axis)
 
 
 def ways_of(mesh: Mesh | AbstractMesh, axis: Axis) -> int:
     """Over how many devices an axis divides."""
     count = 1
-    for name in _names(axis):
+    for name in names_of(axis):
         count *= mesh.shape[name]
     return count
