@@ -34,10 +34,9 @@ def _parts_of_attend(axes: MeshAxes, layer: Any, *args: Any) -> Parts | None:
     query, places, counts, options = args
     if not OWN.issuperset(options.backends):  # which may not expect to be in `shard_map`
         return None
-    specs = axes.of_heads(query)
-    result = next(iter(jax.tree.leaves(specs)))
-    given = (specs, axes.of_rows(places, 2), axes.of_rows(counts, 1), options.parts(axes))
-    return given, (result, result)
+    result = axes.of_heads(_any_of(query))
+    rows = axes.of_rows(places, 2), axes.of_rows(counts, 1)
+    return (axes.of_heads(query), *rows, options.parts(axes)), (result, result)
 
 
 def _parts_of_extend(axes: MeshAxes, layer: Any, *args: Any) -> Parts | None:
