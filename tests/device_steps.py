@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import lucid_jax as lj
 from lucid_jax.decode.beam import as_rules
@@ -275,23 +277,43 @@ def _model(scan_layers=False, dim=DIM):
     )
 
 
-def _loop(sampling, target, codec, **of_model):
+def _loop(sampling, target, codec, mesh=None, rows=_PROMPTS, **of_model):
     model = _model(**of_model)
     structure, params = split(model)
     setup = LoopSetup(structure, sampling, (2,))
+    cache = _cache(model, codec, rows)
+    hidden = jax.ShapeDtypeStruct((rows, 256), jnp.bfloat16)
+    limit = jax.ShapeDtypeStruct((), jnp.int32)
+    if mesh is not None:
+        cache = placed(cache, lj.shardings(cache, mesh, batch="dp", heads="tp"))
+        hidden = placed(hidden, NamedSharding(mesh, P("dp")))
+        params, limit = placed((params, limit), NamedSharding(mesh, P()))
     loop = jax.eval_shape(
         lambda params, cache, hidden: start_loop(
             setup, params, cache, hidden, None, jax.random.key(0), 64
         ),
         params,
-        _cache(model, codec),
-        jax.ShapeDtypeStruct((_PROMPTS, 256), jnp.bfloat16),
+        cache,
+        hidden,
     )
-    limit = jax.ShapeDtypeStruct((), jnp.int32)
     return inspect(
         lambda params, loop, limit: decode_tokens(setup, params, loop, limit),
-        params, loop, limit, donate=1, target=target, large=_large(loop.cache),
+        params, loop, limit, donate=1, target=target, mesh=mesh,
+        large=_large(loop.cache) // (1 if mesh is None else mesh.size),
     )  # fmt: skip
+
+
+def loop_on_mesh(mesh, target):
+    """The greedy loop with rows and heads divided over `dp` and `tp`; every device has the model."""
+    return _loop(Sampling(), target, "plain", mesh, rows=8)
+
+
+def placed(tree, where):
+    """Shapes that lie on a mesh: as one sharding says, or one for each."""
+    if isinstance(where, NamedSharding):
+        where = jax.tree.map(lambda _: where, tree)
+    put = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
+    return jax.tree.map(put, tree, where)
 
 
 def _cache(model, codec, rows=_PROMPTS):
